@@ -1,0 +1,446 @@
+"""The decoder: a 64×64 picture from a CLIP image embedding and, optionally, its caption (§2.1).
+
+In:   z_i (B, d) unit-norm, or zeros for none; a caption as CLIP read it, {"tokens", "states", "z_t", "mask"}
+Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM inversion finds
+
+A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also looks at a context,
+here the caption's states and four tokens made from z_i; z_i is added to the timestep embedding too. It
+predicts the noise ε and, with a second set of channels, the variance of each step (Improved DDPM). The loss is
+L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and the caption 50% of the time, so that
+sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)). The sampler takes every n-th of the 1000 steps,
+ancestral with the learned variance (the paper's), or DDIM with any η; DDIM run backwards gives x_T, and the
+pair (z_i, x_T) is the picture's whole code (§3).
+
+Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead, but then a
+caption's picture would depend on the longest caption beside it); z_i enters times √d, so that its coordinates
+are of order 1; `patch_size` folds pixels into channels, which a laptop's CPU thanks us for (1 in the paper).
+
+    python decoder.py picture.png            # picture → z_i and x_T → picture again, and three variations
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+@dataclass
+class DecoderConfig:
+    """Sizes (table 3, column 64)."""
+    image_size: int = 64
+    patch_size: int = 1
+    channels: int = 512
+    depth: int = 3                        # residual blocks a level
+    multiples: tuple = (1, 2, 3, 4)       # channels of each level, in units of `channels`
+    attention: tuple = (32, 16, 8)        # the resolutions that attend, after patching
+    head_channels: int = 64
+    norm_groups: int = 32
+    dropout: float = 0.1
+    embed_dim: int = 1024                 # d of z_i and z_t
+    z_i_tokens: int = 4                   # context tokens made from z_i
+    clip_text_width: int = 1024           # width of CLIP's text states
+    text_layers: int = 24                 # the caption's own transformer; 0: CLIP's states straight in
+    text_width: int = 2048
+    text_heads: int = 32
+    text_context: int = 256
+    vocab_size: int = 49408
+
+
+PRESETS = {
+    "shapes": DecoderConfig(patch_size=2, channels=64, depth=2, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
+                            dropout=0.0, embed_dim=128, clip_text_width=128, text_layers=0, text_width=128,
+                            text_heads=2, text_context=77),
+    "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
+                            text_layers=6, text_width=512, text_heads=8, text_context=77),
+    "paper": DecoderConfig(),
+}
+
+
+# ----------------------------------------------------------------------------- Gaussian diffusion
+
+def cosine_schedule(T=1000):
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (Improved DDPM eq. 17; β clipped at 0.999)."""
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, 0)
+
+
+def at(values, t, x):
+    """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
+    return values.to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+
+
+def q_sample(x_0, t, eps, alphas_cumprod):
+    """x_t ~ q(x_t|x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), made from the noise eps (DDPM eq. 4). t (B,) int64."""
+    return at(alphas_cumprod.sqrt(), t, x_0) * x_0 + at((1 - alphas_cumprod).sqrt(), t, x_0) * eps
+
+
+def predict_x_0(x_t, eps, alpha):
+    """x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t (DDPM eq. 15)."""
+    return (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+
+
+def posterior(alpha_t, alpha_s):
+    """q(x_s|x_t, x_0) for s before t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
+
+    alpha_t, alpha_s are ᾱ at the two steps, floats or tensors; neighbours or strides apart alike, since a strided
+    chain is the chain whose β are recomputed from the ᾱ it keeps (Improved DDPM §4).
+    """
+    beta = 1 - alpha_t / alpha_s
+    return alpha_s ** 0.5 * beta / (1 - alpha_t), (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t), beta * (1 - alpha_s) / (1 - alpha_t)
+
+
+def ladder(steps, T=1000, top=990):
+    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced.
+
+    The top is not T − 1: there √ᾱ is 5e-5, and x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0:
+    a colour cast where it is clamped, a lost picture where it is inverted. At 990 it is 0.015. (Ours; the paper
+    does not say. Starting there from pure noise leaves out a signal of 0.015, beside noise of 1.)
+    """
+    if not 1 <= steps <= top + 1:
+        raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
+    return torch.linspace(0, top, steps).round().long().tolist() if steps > 1 else [top]
+
+
+def learned_log_variance(v, alpha_t, alpha_s, floor):
+    """log Σ = v log β + (1 − v) log β̃, v in [0, 1] (Improved DDPM eq. 15).
+
+    At the last step, to the picture itself, β̃ is 0; `floor` takes its place, as in Improved DDPM's code.
+    """
+    return v * torch.log(1 - alpha_t / alpha_s) + (1 - v) * torch.log(posterior(alpha_t, alpha_s)[2].clamp(min=floor))
+
+
+def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats, elementwise."""
+    return 0.5 * (log_variance_2 - log_variance_1 - 1 + torch.exp(log_variance_1 - log_variance_2)
+                  + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
+
+
+def discretized_log_likelihood(x, mean, log_variance):
+    """log-probability of an 8-bit pixel x in [-1, 1] under a Gaussian cut into 256 bins (DDPM eq. 13), elementwise."""
+    scale = torch.exp(-0.5 * log_variance)
+    upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
+    inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    ends = torch.where(x > 0.999, torch.special.log_ndtr(-lower), torch.special.log_ndtr(upper))
+    return torch.where(x.abs() > 0.999, ends, torch.log(inner.clamp(min=1e-12)))
+
+
+def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
+    """The t-th term of the variational bound in bits per dimension, (B,): a KL, or at t = 0 the likelihood (DDPM eq. 5).
+
+    eps and v are the network's; x̂_0 is clamped as it will be in sampling.
+    """
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    floor = float(posterior(alphas_cumprod[1], alphas_cumprod[0])[2])
+    alpha_t, alpha_s = (values.to(t.device)[t].view(-1, 1, 1, 1) for values in (alphas_cumprod, before))  # float64
+    from_x_0, from_x_t, variance = (c.float() for c in posterior(alpha_t, alpha_s))
+    log_variance = learned_log_variance(v, alpha_t.float(), alpha_s.float(), floor)
+    estimate = ((x_t - (1 - alpha_t).sqrt() * eps) / alpha_t.sqrt()).float().clamp(-1, 1)
+    true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
+    kl = normal_kl(true_mean, torch.log(variance.clamp(min=floor)), mean, log_variance)
+    nll = -discretized_log_likelihood(x_0, mean, log_variance)
+    return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
+# ----------------------------------------------------------------------------- the U-Net (ADM, guided-diffusion)
+
+def timestep_embedding(t, dim):
+    """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def zero(module):
+    """The module with its parameters set to zero: a residual branch that starts as nothing."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block; the embedding scales and shifts the second norm; `resample` halves or doubles the side."""
+
+    def __init__(self, channels, out_channels, emb_channels, groups, dropout, resample=None):
+        super().__init__()
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.in_norm = nn.GroupNorm(groups, channels)
+        self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_channels, 2 * out_channels)
+        self.out_norm = nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.out_conv = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
+        h = self.out_norm(h) * (1 + scale) + shift
+        return self.skip(self.resample(x)) + self.out_conv(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the picture's positions, with the context's keys and values before the picture's (GLIDE)."""
+
+    def __init__(self, channels, head_channels, context_width, groups):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(context_width, 2 * channels)
+        self.proj_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x, context, mask):
+        """x (B, C, H, W), context (B, L, context_width), mask (B, L + H·W) True where a key may be looked at."""
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, -1)  # (B, H·W, C) each
+        context_k, context_v = self.context_kv(context).chunk(2, -1)
+        k, v = torch.cat([context_k, k], 1), torch.cat([context_v, v], 1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, nh, ·, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return x + self.proj_out(y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (H, W))
+
+
+class TextTransformer(nn.Module):
+    """The caption's own transformer (GLIDE): bidirectional over tokens, padding masked (ours)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.text_context, config.text_width) * 0.01)
+        layer = lambda: nn.TransformerEncoderLayer(config.text_width, config.text_heads, 4 * config.text_width, 0.0, "gelu",
+                                                   batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(layer() for _ in range(config.text_layers))
+        self.norm = nn.LayerNorm(config.text_width)
+
+    def forward(self, tokens, mask):
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=~mask)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The U-Net: (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v in [0, 1] places the variance between β̃ and β."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        emb = 4 * c.channels
+        self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.z_i_to_emb = nn.Linear(c.embed_dim, emb)                                    # first injection of z_i (§2.1)
+        self.z_i_to_context = nn.Linear(c.embed_dim, c.z_i_tokens * c.text_width)        # second: four extra tokens
+        if c.text_layers:
+            self.text = TextTransformer(c)
+            self.text_to_emb = nn.Linear(c.text_width, emb)
+        else:
+            self.text = nn.Sequential(nn.Linear(c.clip_text_width, c.text_width), nn.LayerNorm(c.text_width))
+            self.text_to_emb = nn.Linear(c.embed_dim, emb)
+
+        def res(channels, out_channels, resample=None):
+            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, resample)
+
+        def level(channels, out_channels, side):
+            return nn.ModuleList([res(channels, out_channels)] + [attend(out_channels)] * (side in c.attention))
+
+        def attend(channels):
+            return AttentionBlock(channels, c.head_channels, c.text_width, c.norm_groups)
+
+        side, width = c.image_size // c.patch_size, c.channels * c.multiples[0]
+        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, width, 3, padding=1)
+        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        for k, multiple in enumerate(c.multiples):
+            for _ in range(c.depth):
+                self.down.append(level(width, multiple * c.channels, side))
+                width = multiple * c.channels
+                widths.append(width)
+            if k < len(c.multiples) - 1:
+                self.down.append(nn.ModuleList([res(width, width, "down")]))
+                widths.append(width)
+                side //= 2
+        self.middle = nn.ModuleList([res(width, width), attend(width), res(width, width)])
+        for k, multiple in reversed(list(enumerate(c.multiples))):
+            for n in range(c.depth + 1):
+                self.up.append(level(width + widths.pop(), multiple * c.channels, side))
+                width = multiple * c.channels
+            if k:
+                self.up[-1].append(res(width, width, "up"))
+                side *= 2
+        self.norm_out = nn.GroupNorm(c.norm_groups, width)
+        self.conv_out = zero(nn.Conv2d(width, 6 * c.patch_size ** 2, 3, padding=1))
+
+    def forward(self, x_t, t, z_i, text):
+        """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text {"tokens", "states", "z_t", "mask"} of B captions."""
+        c = self.config
+        emb = self.time_embed(timestep_embedding(t, c.channels))
+        z_i = z_i * math.sqrt(c.embed_dim)
+        if c.text_layers:
+            tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
+            states = self.text(tokens, mask)
+            caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]  # read at the end token
+        else:
+            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * math.sqrt(c.embed_dim)
+        emb = emb + self.z_i_to_emb(z_i) + self.text_to_emb(caption)
+        context = torch.cat([self.z_i_to_context(z_i).unflatten(1, (c.z_i_tokens, -1)), states], 1)
+        mask = F.pad(mask, (c.z_i_tokens, 0), value=True)
+
+        def run(blocks, h):
+            for block in blocks:
+                if isinstance(block, AttentionBlock):
+                    h = block(h, context, F.pad(mask, (0, h.shape[2] * h.shape[3]), value=True))
+                else:
+                    h = block(h, emb)
+            return h
+
+        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))
+        skips = [h]
+        for blocks in self.down:
+            h = run(blocks, h)
+            skips.append(h)
+        h = run(self.middle, h)
+        for blocks in self.up:
+            h = run(blocks, torch.cat([h, skips.pop()], 1))
+        h = self.conv_out(F.silu(self.norm_out(h))).float()
+        eps, v = F.pixel_shuffle(h, c.patch_size).chunk(2, 1)
+        return eps, (v + 1) / 2
+
+
+# ----------------------------------------------------------------------------- training
+
+def drop_text(text, null, drop):
+    """Put the null caption (one row) in the place of those where drop (B,) is True."""
+    return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
+
+
+def decoder_loss(model, x_0, z_i, text, null, drop_z_i=0.1, drop_caption=0.5):
+    """L_simple + 0.001 L_vlb of a batch (§2.1; Improved DDPM eq. 16), with both conditions dropped at random.
+
+    x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty caption. The bound trains only
+    the variance: its mean is detached. Each of its terms stands for all T, hence T · 0.001.
+    """
+    alphas_cumprod = cosine_schedule()
+    T, B = len(alphas_cumprod), len(x_0)
+    t = torch.randint(T, (B,)).to(x_0.device)  # drawn on the CPU: the same numbers on every device
+    noise = torch.randn(x_0.shape).to(x_0.device)
+    drop = torch.rand(2, B).to(x_0.device)
+    x_t = q_sample(x_0, t, noise, alphas_cumprod)
+    z_i = torch.where(drop[0, :, None] < drop_z_i, torch.zeros_like(z_i), z_i)
+    eps, v = model(x_t, t, z_i, drop_text(text, null, drop[1] < drop_caption))
+    simple = F.mse_loss(eps, noise)
+    return simple + 0.001 * T * vlb_term(x_0, x_t, t, eps.detach(), v, alphas_cumprod).mean()
+
+
+# ----------------------------------------------------------------------------- sampling
+
+def randn(generators, shape, device):
+    """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
+
+
+def guided(model, x_t, t, z_i, text, null, guidance_scale):
+    """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5). w = 1 is none."""
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    if guidance_scale == 1:
+        return model(x_t, t, z_i, text)
+    both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
+    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)
+    given, free = eps.chunk(2)
+    return free + guidance_scale * (given - free), v[:len(x_t)]
+
+
+@torch.no_grad()
+def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta=None, x_T=None, clamp=True, bar=False):
+    """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1).
+
+    generators: one torch.Generator a picture. eta None is ancestral sampling with the learned variance (the paper:
+    250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T: start from this noise, not
+    from the generators'. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
+    """
+    side = model.config.image_size
+    alphas_cumprod, rungs = cosine_schedule(), ladder(steps)
+    x = randn(generators, (len(z_i), 3, side, side), z_i.device) if x_T is None else x_T
+    for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="decoder", disable=not bar):
+        alpha_t = alphas_cumprod[rungs[n]]
+        alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)
+        eps, v = guided(model, x, rungs[n], z_i, text, null, guidance_scale)
+        x_0 = predict_x_0(x, eps, float(alpha_t))
+        if clamp:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())  # the ε that the clamped x̂_0 means
+        if not n:
+            return x_0.clamp(-1, 1)
+        if eta is None:
+            from_x_0, from_x_t, variance = (float(c) for c in posterior(alpha_t, alpha_s))
+            deviation = torch.exp(0.5 * learned_log_variance(v, alpha_t, alpha_s, variance))
+            x = from_x_0 * x_0 + from_x_t * x
+        else:
+            deviation = eta * float(posterior(alpha_t, alpha_s)[2].sqrt())
+            x = float(alpha_s.sqrt()) * x_0 + math.sqrt(1 - float(alpha_s) - deviation ** 2) * eps
+        if eta != 0:
+            x = x + deviation * randn(generators, x.shape, x.device).to(x.dtype)
+
+
+@torch.no_grad()
+def invert(model, x_0, z_i, text, steps=50, refinements=1, bar=False):
+    """x_T (B, 3, H, W): the noise from which DDIM with η = 0, unguided and unclamped, decodes x_0 (§3; DDIM eq. 14).
+
+    The decoder's step t → s moves along ε(x_t, t), but on the way up x_t is what is sought. ε(x_s, t) is its first
+    guess; each refinement puts the guess in (a fixed point, a network call each).
+    """
+    alphas_cumprod, rungs = cosine_schedule(), ladder(steps)
+    x = x_0
+    alpha_s = 1.0
+    for t in tqdm(rungs, desc="inversion", disable=not bar):
+        alpha_t = float(alphas_cumprod[t])
+        guess = x
+        for _ in range(1 + refinements):
+            eps, _ = guided(model, guess, t, z_i, text, None, 1)
+            x_0_hat = (x - math.sqrt(1 - alpha_s) * eps) / math.sqrt(alpha_s)
+            guess = math.sqrt(alpha_t) * x_0_hat + math.sqrt(1 - alpha_t) * eps
+        x, alpha_s = guess, alpha_t
+    return x
+
+
+def main():
+    here = Path(__file__).parent / "weights/shapes"
+    parser = argparse.ArgumentParser(description="Take a picture apart into (z_i, x_T) and put it together again: the strip shows the "
+                                     "picture, its reconstruction, and three decodings of z_i from fresh noise (§3).")
+    parser.add_argument("picture", help="any picture; it is cropped to a square")
+    parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
+    parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps each way (more: closer; default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh noise")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")
+    args = parser.parse_args()
+    import numpy as np
+    from PIL import Image, ImageOps
+    import clip_embed as ce
+    with ce.one_line_errors():
+        device = ce.pick_device(args.device)
+        picture = ce.open_picture(args.picture)
+        clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
+        model = ce.load_model(Decoder, DecoderConfig, ce.read_checkpoint(args.weights / "decoder.pt", "decoder"), "decoder.pt").to(device)
+        small = ImageOps.fit(picture, (model.config.image_size,) * 2, Image.Resampling.BICUBIC)
+        x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
+        clip.to(device)
+        z_i = clip.encode_image(ce.preprocess(picture, clip.config.image_size)[None].to(device))
+        text = ce.encode_captions(clip, tokenizer, [args.caption, ""])
+        text, null = {k: v[:1] for k, v in text.items()}, {k: v[1:] for k, v in text.items()}
+        x_T = invert(model, x_0, z_i, text, args.steps, bar=True)
+        again = sample(model, z_i, text, null, None, 1, args.steps, eta=0, x_T=x_T, clamp=False, bar=True)
+        generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
+        fresh = sample(model, z_i.repeat(3, 1), {k: v.repeat_interleave(3, 0) for k, v in text.items()}, null, generators, bar=True)
+        strip = torch.cat([x_0, again, fresh]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 5 W, 3), side by side
+        Image.fromarray(((strip + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
+        psnr = -10 * math.log10(float(((x_0 - again) / 2).square().mean()))
+        print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; reconstruction {psnr:.1f} dB; {args.out}")
+
+
+if __name__ == "__main__":
+    main()

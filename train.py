@@ -1,0 +1,500 @@
+"""Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
+
+In:   a stage's name, or `all` for the five in order: clip, prior, decoder, upsample-256, upsample-1024
+Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
+      NAME.csv and NAME-loss.png (the loss), NAME-samples.png (what the network makes at present)
+
+The world of shapes needs no download: step k of a run draws its scenes, its captions, its noise and its
+timesteps from random numbers seeded by (--seed, k) alone, so `--resume` is exact: a run that was stopped
+goes on as if it never had been.
+
+    python train.py all --preset shapes              # everything
+    python train.py decoder --steps 500 --resume     # a bit of one stage, continued
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import clip_embed
+import decoder
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
+
+# ----------------------------------------------------------------------------- the world of shapes
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (40, 160, 70),
+           "blue": (45, 90, 220), "purple": (140, 60, 190), "black": (25, 25, 25)}
+BACKGROUNDS = {"white": (250, 250, 250), "gray": (165, 165, 165), "pink": (250, 190, 205), "mint": (185, 235, 205)}
+SIZES = {"small": (0.09, 0.11), "large": (0.17, 0.20)}  # radius as a share of the side
+FILLS = ("solid", "striped")
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and its inverse
+WORDINGS = {"left of": ("to the left of", "left of", "on the left of"), "above": ("above", "over"),
+            "right of": ("to the right of", "right of", "on the right of"), "below": ("below", "under")}
+HELD_OUT = {("purple", "star"), ("green", "heart"), ("orange", "cross"), ("black", "triangle")}  # never trained
+VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "fill": FILLS}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene. Lengths are shares of the picture's side, y grows downwards, tilt is in degrees."""
+    shape: str
+    colour: str
+    size: str
+    fill: str
+    x: float = 0.5
+    y: float = 0.5
+    radius: float = 0.1  # of the circle around the shape
+    tilt: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two things; with two, things[0] stands in `relation` to things[1]."""
+    things: tuple
+    relation: str | None
+    background: str
+    shade: float  # how much the background darkens from top to bottom (from bottom to top where negative)
+
+
+def pick(rng, options):
+    """One of a sequence, at random."""
+    return options[rng.integers(len(options))]
+
+
+def is_held_out(scene):
+    """Whether a scene has a colour-shape pair that training never shows."""
+    return any((t.colour, t.shape) in HELD_OUT for t in scene.things)
+
+
+def lay_out(scene, rng):
+    """The same scene with fresh positions, radii and tilts that fit its sizes and its relation; nothing touches."""
+    things = [replace(t, radius=rng.uniform(*SIZES[t.size]), tilt=rng.uniform(-12, 12)) for t in scene.things]
+    room = lambda t: (t.radius + 0.02, 0.98 - t.radius)
+    if len(things) == 1:
+        return replace(scene, things=(replace(things[0], x=rng.uniform(*room(things[0])), y=rng.uniform(*room(things[0]))),))
+    first, second = things if scene.relation in ("left of", "above") else reversed(things)  # smaller coordinate first
+    apart = max(0.3, first.radius + second.radius + 0.04)
+    (low, _), (_, high) = room(first), room(second)
+    apart = rng.uniform(apart, min(high - low, apart + 0.25))
+    along = rng.uniform(low, high - apart)
+    low, high = max(room(t)[0] for t in things), min(room(t)[1] for t in things)
+    across = rng.uniform(low, high)
+    other = rng.uniform(max(low, across - 0.12), min(high, across + 0.12))
+    at = {id(first): (along, across), id(second): (along + apart, other)}
+    if scene.relation in ("above", "below"):
+        at = {k: v[::-1] for k, v in at.items()}
+    return replace(scene, things=tuple(replace(t, x=at[id(t)][0], y=at[id(t)][1]) for t in things))
+
+
+def random_scene(rng, count=None, held_out=False):
+    """A scene of one or two things (or `count`) from a numpy Generator; with `held_out`, one that training never shows."""
+    while True:
+        things = tuple(Thing(**{k: pick(rng, v) for k, v in VALUES.items()}) for _ in range(count or rng.integers(1, 3)))
+        if held_out:
+            colour, shape = pick(rng, sorted(HELD_OUT))
+            things = (replace(things[0], colour=colour, shape=shape), *things[1:])
+        scene = Scene(things, pick(rng, tuple(RELATIONS)) if len(things) == 2 else None, pick(rng, tuple(BACKGROUNDS)),
+                      rng.uniform(-0.06, 0.06))
+        if is_held_out(scene) == held_out:
+            return lay_out(scene, rng)
+
+
+def what_to_say(scene, rng):
+    """The attributes a caption will name, each left out a third of the time; the shapes are always named."""
+    options = [(k, a) for k in range(len(scene.things)) for a in ("colour", "size", "fill")] + ["background"]
+    options += ["relation"] if scene.relation else []
+    return {option for option in options if rng.random() < 2 / 3}
+
+
+def describe(scene, said, rng):
+    """A caption that says `said` of a scene, in one of several wordings."""
+    def phrase(k):
+        thing = scene.things[k]
+        words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in said] + [thing.shape]
+        return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+    text = phrase(0)
+    if scene.relation:
+        first, second, relation = 0, 1, scene.relation
+        if rng.random() < 0.5:
+            first, second, relation = 1, 0, RELATIONS[relation]
+        link = pick(rng, WORDINGS[relation]) if "relation" in said else "and"
+        text = f"{phrase(first)} {link} {phrase(second)}"
+    if "background" in said:
+        text += pick(rng, (" on a {} background", " on {}", " with a {} background")).format(scene.background)
+    return pick(rng, ("", "", "there is ", "a picture of ")) + text
+
+
+def near_miss(scene, said, rng):
+    """A scene that the same kind of caption tells apart from this one by a single thing that the caption says.
+
+    Half of the time, where it can be, two things swap an attribute ("red circle, blue star" beside "blue
+    circle, red star"): only a CLIP that binds attributes to objects can tell those captions apart.
+    """
+    things = scene.things
+    swaps = [a for a in VALUES if len(things) == 2 and getattr(things[0], a) != getattr(things[1], a)
+             and (a == "shape" or {(0, a), (1, a)} <= said)]
+    while True:
+        if swaps and rng.random() < 0.5:
+            a = pick(rng, swaps)
+            other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
+        else:
+            k = rng.integers(len(things))
+            a = pick(rng, sorted(["shape"] + [s[1] for s in said if s[0] == k] + [s for s in said if isinstance(s, str)]))
+            if a == "relation":
+                other = replace(scene, relation=pick(rng, [r for r in RELATIONS if r != scene.relation]))
+            elif a == "background":
+                other = replace(scene, background=pick(rng, [b for b in BACKGROUNDS if b != scene.background]))
+            else:
+                new = replace(things[k], **{a: pick(rng, [v for v in VALUES[a] if v != getattr(things[k], a)])})
+                other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
+        if not is_held_out(other):
+            return lay_out(other, rng) if a in ("size", "relation") else other
+
+
+def outline(shape):
+    """A shape's corners (n, 2) within the unit circle, y downwards."""
+    turn = lambda n, start=-90: np.deg2rad(start + 360 / n * np.arange(n))
+    ring = lambda angle: np.stack([np.cos(angle), np.sin(angle)], -1)
+    if shape == "circle":
+        return ring(turn(90))
+    if shape == "square":
+        return ring(turn(4, -45))
+    if shape == "triangle":
+        return ring(turn(3))
+    if shape == "star":
+        return np.stack([ring(turn(5)), 0.42 * ring(turn(5, -54))], 1).reshape(10, 2)
+    if shape == "heart":
+        a = np.deg2rad(np.arange(0, 360, 4))
+        xy = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], -1)
+        return (xy - (0, 2)) / 17.2
+    w = 0.3  # half the width of the cross's arms
+    return np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)]) / 1.05
+
+
+def render(scene, side):
+    """Draw a scene as a Pillow image, side × side, antialiased: drawn larger, then averaged."""
+    fine = max(2, 256 // side)
+    n = side * fine
+    shading = 1 - abs(scene.shade) * np.linspace(0, 1, n)[::1 if scene.shade > 0 else -1]
+    column = (np.array(BACKGROUNDS[scene.background]) * shading[:, None]).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(column[:, None], (n, n, 3))))
+    for thing in scene.things:
+        a = np.deg2rad(thing.tilt)
+        place = lambda xy: list(map(tuple, ((xy @ [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) * thing.radius
+                                            + (thing.x, thing.y)) * n))
+        shape = place(outline(thing.shape))
+        colour = np.array(COLOURS[thing.colour])
+        ImageDraw.Draw(picture).polygon(shape, tuple(colour.tolist()))
+        if thing.fill == "striped":  # bars across the thing, mixed with 35% white, cut out by its outline
+            bars, inside = Image.new("L", (n, n)), Image.new("L", (n, n))
+            for top in np.arange(-0.9, 1, 0.7):
+                ImageDraw.Draw(bars).polygon(place(np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])), 255)
+            ImageDraw.Draw(inside).polygon(shape, 255)
+            light = tuple((0.65 * colour + 0.35 * 255).round().astype(int).tolist())
+            picture.paste(light, mask=Image.composite(bars, Image.new("L", (n, n)), inside))
+    return picture.reduce(fine)
+
+
+def to_tensor(picture):
+    """A Pillow RGB image → uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def corpus(n=2000, seed=0):
+    """Captions of the world, for learning BPE merges from."""
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng, held_out=k % 10 == 0) for k in range(n)]
+    return [describe(s, what_to_say(s, rng), rng) for s in scenes]
+
+
+# ----------------------------------------------------------------------------- batches
+
+class Batches(Dataset):
+    """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
+
+    clip: images (B, 3, 64, 64) and captions, each scene beside its near miss, no caption twice (a duplicate
+    would be a false negative). prior, decoder: images and captions.
+    """
+
+    def __init__(self, stage, batch_size, seed, length):
+        self.stage, self.batch_size, self.seed, self.length = stage, batch_size, seed, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, k):
+        rng = np.random.default_rng([self.seed, k])
+        images, captions = [], []
+        while len(images) < self.batch_size:
+            scene = random_scene(rng)
+            said = what_to_say(scene, rng)
+            group = [scene, near_miss(scene, said, rng)] if self.stage == "clip" else [scene]
+            words = [describe(s, said, rng) for s in group]
+            if self.stage != "clip" or not set(words) & set(captions):
+                images += [to_tensor(render(s, 64)) for s in group]
+                captions += words
+        return torch.stack(images), captions
+
+
+# ----------------------------------------------------------------------------- what each stage trains
+
+@dataclass
+class Recipe:
+    """How a stage is trained (appendix C, table 3)."""
+    batch_size: int
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+    ema_decay: float = 0.9999
+    warmup: int = 500
+
+
+RECIPES = {
+    "shapes": {"clip": Recipe(128, 3000, 1e-3, 0.1, 0.98, 1e-6, 0.995, 200),
+               "decoder": Recipe(16, 10000, 5e-4, ema_decay=0.999)},
+}
+
+
+def clip_loss(model, batch, context):
+    """The contrastive loss of a batch of (images, captions)."""
+    images, captions = batch
+    text = encode_captions(model, context["tokenizer"], captions)
+    z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
+    return clip_embed.contrastive_loss(z_i, text["z_t"], model.logit_scale)
+
+
+def clip_picture(model, batch, context):
+    """Eight pictures against their eight captions: the cosines as a grey square, the pictures along its side."""
+    images, captions = batch[0][:8], batch[1][:8]
+    z_t = encode_captions(model, context["tokenizer"], captions)["z_t"]
+    cosine = (model.encode_image(preprocess_tensor(images, model.config.image_size)) @ z_t.T).clamp(0, 1)
+    sheet = Image.fromarray((cosine * 255).byte().cpu().numpy()).resize((512, 512), Image.Resampling.NEAREST).convert("RGB")
+    canvas = Image.new("RGB", (576, 512))
+    canvas.paste(sheet, (64, 0))
+    for k, image in enumerate(images):
+        canvas.paste(to_picture(image), (0, 64 * k))
+    return canvas
+
+
+def conditions(batch, context):
+    """What the frozen CLIP says of a batch (images, captions): z_i, the captions' text, the empty caption's text."""
+    clip = context["clip"]
+    with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
+        z_i = clip.encode_image(preprocess_tensor(batch[0], clip.config.image_size))
+        text = encode_captions(clip, context["tokenizer"], [*batch[1], ""])
+    return z_i, {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+
+
+def decoder_loss(model, batch, context):
+    """The decoder's loss of a batch of (images, captions)."""
+    return decoder.decoder_loss(model, batch[0], *conditions(batch, context))
+
+
+def decoder_picture(model, batch, context):
+    """Eight pictures above what the decoder makes of their z_i and captions."""
+    images, captions = batch[0][:8], batch[1][:8]
+    z_i, text, null = conditions((images, captions), context)
+    made = decoder.sample(model, z_i, text, null, seeds(len(images)), steps=25)
+    return grid([*images, *made], 8)
+
+
+def seeds(n):
+    """n generators, seeded 0 … n − 1."""
+    return [torch.Generator().manual_seed(k) for k in range(n)]
+
+
+def grid(images, columns):
+    """Tensors (3, H, W) in [-1, 1] side by side, `columns` a row, as one Pillow image."""
+    side = images[0].shape[-1]
+    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side))
+    for k, image in enumerate(images):
+        sheet.paste(to_picture(image), (k % columns * side, k // columns * side))
+    return sheet
+
+
+def to_picture(image):
+    """A tensor (3, H, W) in [-1, 1] → a Pillow image."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# ----------------------------------------------------------------------------- the training loop
+
+def learning_rate(step, recipe):
+    """Linear warm-up, then half a cosine down to zero (ours: the paper names only the peak)."""
+    ramp = min(1, (step + 1) / recipe.warmup)
+    return recipe.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """Move the averaged weights towards the model's; early on faster, or the first weights would linger."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for slow, fast in zip(ema.parameters(), model.parameters()):
+        slow.lerp_(fast, 1 - decay)
+
+
+def save_atomically(content, path):
+    """torch.save beside the file, then rename: a crash or a full disk leaves the old checkpoint whole."""
+    beside = path.with_suffix(".part")
+    torch.save(content, beside)
+    os.replace(beside, path)
+
+
+def plot_loss(rows, path):
+    """Draw the loss against the step with Pillow, both axes named, the loss on a logarithmic scale."""
+    steps, losses = np.array([r[0] for r in rows], float), np.log10(np.maximum([r[1] for r in rows], 1e-12))
+    width, height, left, bottom = 640, 360, 70, 40
+    low, high = losses.min() - 0.02, losses.max() + 0.02
+    to_xy = lambda s, l: (left + (width - left - 15) * s / max(1, steps[-1]), 15 + (height - bottom - 15) * (high - l) / (high - low))
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for tick in np.linspace(low, high, 5):
+        draw.line([to_xy(0, tick), to_xy(steps[-1], tick)], "gainsboro")
+        draw.text((8, to_xy(0, tick)[1] - 6), f"{10 ** tick:.3g}", "black")
+    for tick in np.linspace(0, steps[-1], 6):
+        draw.text((to_xy(tick, low)[0] - 12, height - bottom + 8), f"{tick:.0f}", "black")
+    draw.text((width // 2, height - 16), "step", "black")
+    draw.line([to_xy(s, l) for s, l in zip(steps, losses)], "royalblue", 2)
+    picture.save(path)
+
+
+def train(stage, args, device):
+    """Train one stage from its start, or from its checkpoint with --resume; returns the checkpoint's path."""
+    spec, recipe = STAGES[stage], RECIPES[args.preset][stage]
+    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps") if getattr(args, k)})
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, log = args.out / f"{stage}.pt", args.out / f"{stage}.csv"
+    torch.manual_seed(args.seed)
+    context, extra = spec["prepare"](args, device)
+    config = context["config"]
+    model = spec["build"](config).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+                                  lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
+    start, rows = 0, []
+    if args.resume and path.exists():
+        checkpoint = clip_embed.read_checkpoint(path, stage)
+        state = checkpoint["training"]
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, rows = state["step"], state["rows"]
+
+    def save(step):
+        save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
+            "recipe": asdict(recipe), "seed": args.seed}}, path)
+
+    low = args.precision == "bfloat16"
+    loader = DataLoader(Batches(stage, recipe.batch_size, args.seed, recipe.steps), batch_size=None,
+                        sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
+    bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
+    began, seen, recent = time.time(), 0, []
+    for step, batch in enumerate(bar, start):
+        torch.manual_seed((args.seed << 32) + step)  # noise, timesteps and dropout depend on (seed, step) alone
+        batch = spec["to_device"](batch, device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low), attention_kernel(device, low):
+            loss = spec["loss"](model, batch, context)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        update_ema(ema, model, step, recipe.ema_decay)
+        recent.append(loss.item())
+        seen += recipe.batch_size
+        bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{seen / (time.time() - began):.0f}", refresh=False)
+        if not math.isfinite(recent[-1]):
+            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}; the last good checkpoint is {path}: "
+                            "lower --learning-rate, or use --precision float32")
+        done = step + 1
+        if done % args.log_every == 0 or done == recipe.steps:
+            rows.append((done, float(np.mean(recent)), seen / (time.time() - began)))
+            recent = []
+        if done % args.save_every == 0 or done == recipe.steps:
+            save(done)
+            with open(log, "w", newline="") as file:
+                csv.writer(file).writerows([("step", "loss", "images_per_second"), *rows])
+            plot_loss(rows, args.out / f"{stage}-loss.png")
+            with torch.no_grad():
+                spec["picture"](ema, batch, context).save(args.out / f"{stage}-samples.png")
+    return path
+
+
+def attention_kernel(device, low):
+    """On CPUs torch's fused attention is several times slower in bfloat16 than plain matrix products: use those."""
+    if low and device.type == "cpu":
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def prepare_clip(args, device):
+    """The tokenizer, its merges learned from the world's captions, and the config that fits it."""
+    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(corpus()))
+    config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
+    return {"tokenizer": tokenizer, "config": config}, {"merges": [" ".join(m) for m in tokenizer.merges]}
+
+
+def prepare_decoder(args, device):
+    """The frozen CLIP of this run, and a config that fits it."""
+    clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
+    c = clip.config
+    config = replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width, vocab_size=c.vocab_size)
+    return {"clip": clip.to(device), "tokenizer": tokenizer, "config": config}, {"clip": clip_embed.fingerprint(clip)}
+
+
+def pictures_to_device(batch, device):
+    """uint8 images to floats in [-1, 1] on the device; captions as they are."""
+    return batch[0].to(device).float() / 127.5 - 1, batch[1]
+
+
+STAGES = {
+    "clip": {"prepare": prepare_clip, "build": clip_embed.CLIP, "to_device": pictures_to_device, "loss": clip_loss, "picture": clip_picture},
+    "decoder": {"prepare": prepare_decoder, "build": decoder.Decoder, "to_device": pictures_to_device, "loss": decoder_loss, "picture": decoder_picture},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train unCLIP's stages on the world of shapes.")
+    parser.add_argument("stage", choices=["all", *STAGES])
+    parser.add_argument("--preset", default="shapes", choices=RECIPES)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / args.preset
+    with one_line_errors():
+        device = pick_device(args.device)
+        for stage in (STAGES if args.stage == "all" else [args.stage]):
+            train(stage, args, device)
+
+
+if __name__ == "__main__":
+    main()
