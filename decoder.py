@@ -95,16 +95,21 @@ def posterior(alpha_t, alpha_s):
     return alpha_s ** 0.5 * beta / (1 - alpha_t), (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t), beta * (1 - alpha_s) / (1 - alpha_t)
 
 
-def ladder(steps, T=1000, top=990):
-    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced.
-
-    The top is not T − 1: there √ᾱ is 5e-5, and x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0:
-    a colour cast where it is clamped, a lost picture where it is inverted. At 990 it is 0.015. (Ours; the paper
-    does not say. Starting there from pure noise leaves out a signal of 0.015, beside noise of 1.)
-    """
+def ladder(steps, top):
+    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced. Raises ValueError."""
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    return torch.linspace(0, top, steps).round().long().tolist() if steps > 1 else [top]
+    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+
+
+def top_step(alphas_cumprod, signal=0.015):
+    """The highest timestep that still holds the share `signal` of x_0: the largest t with √ᾱ_t ≥ signal. (Ours.)
+
+    Samplers of ε-predictors start here, not at T − 1: there √ᾱ is 5e-5 in the cosine schedule, and
+    x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0, which is a colour cast where x̂_0 is clamped and
+    a lost picture where it is inverted. What the starting noise lacks of the signal is small beside the noise.
+    """
+    return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
 
 
 def learned_log_variance(v, alpha_t, alpha_s, floor):
@@ -362,7 +367,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta
     from the generators'. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
     """
     side = model.config.image_size
-    alphas_cumprod, rungs = cosine_schedule(), ladder(steps)
+    alphas_cumprod = cosine_schedule()
+    rungs = ladder(steps, top_step(alphas_cumprod))
     x = randn(generators, (len(z_i), 3, side, side), z_i.device) if x_T is None else x_T
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="decoder", disable=not bar):
         alpha_t = alphas_cumprod[rungs[n]]
@@ -392,7 +398,8 @@ def invert(model, x_0, z_i, text, steps=50, refinements=1, bar=False):
     The decoder's step t → s moves along ε(x_t, t), but on the way up x_t is what is sought. ε(x_s, t) is its first
     guess; each refinement puts the guess in (a fixed point, a network call each).
     """
-    alphas_cumprod, rungs = cosine_schedule(), ladder(steps)
+    alphas_cumprod = cosine_schedule()
+    rungs = ladder(steps, top_step(alphas_cumprod))
     x = x_0
     alpha_s = 1.0
     for t in tqdm(rungs, desc="inversion", disable=not bar):

@@ -19,8 +19,8 @@ import csv
 import math
 import os
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 import clip_embed
 import decoder
+import prior
+import upsample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
 
 # ----------------------------------------------------------------------------- the world of shapes
@@ -227,18 +229,27 @@ def corpus(n=2000, seed=0):
 class Batches(Dataset):
     """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
 
-    clip: images (B, 3, 64, 64) and captions, each scene beside its near miss, no caption twice (a duplicate
-    would be a false negative). prior, decoder: images and captions.
+    clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside its near miss, and no
+    caption comes twice (a duplicate would be a false negative). prior: numbers of scenes in the fixed set whose z_i
+    are computed beforehand, and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
-    def __init__(self, stage, batch_size, seed, length):
-        self.stage, self.batch_size, self.seed, self.length = stage, batch_size, seed, length
+    def __init__(self, stage, recipe, seed, config):
+        self.stage, self.batch_size, self.length, self.seed, self.config = stage, recipe.batch_size, recipe.steps, seed, config
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, k):
         rng = np.random.default_rng([self.seed, k])
+        if self.stage.startswith("upsample"):
+            crops = [upsample.training_crops(render(random_scene(rng), self.config.image_size), self.config, rng,
+                                             min(4, self.batch_size - n)) for n in range(0, self.batch_size, 4)]
+            return tuple(torch.cat(part) for part in zip(*crops))
+        if self.stage == "prior":
+            chosen = rng.integers(FIXED_SCENES, size=self.batch_size)
+            scenes = [fixed_scene(self.seed, n) for n in chosen]
+            return torch.from_numpy(chosen), [describe(s, what_to_say(s, rng), rng) for s in scenes]
         images, captions = [], []
         while len(images) < self.batch_size:
             scene = random_scene(rng)
@@ -249,6 +260,27 @@ class Batches(Dataset):
                 images += [to_tensor(render(s, 64)) for s in group]
                 captions += words
         return torch.stack(images), captions
+
+
+FIXED_SCENES = 65536  # the prior's set: it sees embeddings, which can be kept, and fresh captions of them
+
+
+def fixed_scene(seed, n):
+    """Scene n of the prior's fixed set."""
+    return random_scene(np.random.default_rng([seed, 1 << 40, n]))
+
+
+class FixedPictures(Dataset):
+    """The pictures of the prior's fixed set, uint8 (3, 64, 64)."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __len__(self):
+        return FIXED_SCENES
+
+    def __getitem__(self, n):
+        return to_tensor(render(fixed_scene(self.seed, n), 64))
 
 
 # ----------------------------------------------------------------------------- what each stage trains
@@ -268,7 +300,10 @@ class Recipe:
 
 RECIPES = {
     "shapes": {"clip": Recipe(128, 3000, 1e-3, 0.1, 0.98, 1e-6, 0.995, 200),
-               "decoder": Recipe(16, 10000, 5e-4, ema_decay=0.999)},
+               "prior": Recipe(256, 4000, 5e-4, 0.06, 0.96, 1e-6, 0.999),
+               "decoder": Recipe(16, 10000, 5e-4, ema_decay=0.999),
+               "upsample-256": Recipe(16, 3000, 5e-4, ema_decay=0.999),
+               "upsample-1024": Recipe(16, 2000, 5e-4, ema_decay=0.999)},
 }
 
 
@@ -305,6 +340,43 @@ def conditions(batch, context):
 def decoder_loss(model, batch, context):
     """The decoder's loss of a batch of (images, captions)."""
     return decoder.decoder_loss(model, batch[0], *conditions(batch, context))
+
+
+def prior_loss(model, batch, context):
+    """The prior's loss of a batch of (numbers of scenes, captions)."""
+    with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
+        text = encode_captions(context["clip"], context["tokenizer"], [*batch[1], ""])
+    return prior.prior_loss(model, context["z_i"][batch[0]], {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()})
+
+
+def prior_picture(model, batch, context):
+    """For eight captions, the pictures described above the fixed set's nearest neighbours of three z_i drawn by the prior."""
+    numbers, captions = batch[0][:8].tolist(), batch[1][:8]
+    text = encode_captions(context["clip"], context["tokenizer"], [*captions, ""])
+    null = {k: v[-1:] for k, v in text.items()}
+    rows = [numbers]
+    for n in range(3):
+        generators = [torch.Generator().manual_seed(8 * n + k) for k in range(len(captions))]
+        z_i = prior.sample(model, {k: v[:-1] for k, v in text.items()}, null, generators)
+        rows.append((z_i @ context["z_i"].T).argmax(1).tolist())
+    pictures = [to_tensor(render(fixed_scene(context["seed"], n), 64)).float() / 127.5 - 1 for row in rows for n in row]
+    return grid(pictures, len(numbers))
+
+
+def upsampler_loss(model, batch, context):
+    """The upsampler's loss of a batch of (high, low) crops."""
+    return upsample.upsampler_loss(model, *batch)
+
+
+def upsampler_picture(model, batch, context):
+    """Two scenes, whole: the enlarged condition, what the upsampler makes of it, the truth."""
+    c, columns = model.config, []
+    for n in range(2):
+        truth = render(fixed_scene(context["seed"], n), c.image_size)
+        low = to_tensor(truth.reduce(c.image_size // c.low_size))[None].to(batch[0].device).float() / 127.5 - 1
+        columns += [torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")[0], upsample.sample(model, low, seeds(1))[0],
+                    to_tensor(truth).float() / 127.5 - 1]
+    return grid(columns, 3)
 
 
 def decoder_picture(model, batch, context):
@@ -377,14 +449,14 @@ def plot_loss(rows, path):
 
 def train(stage, args, device):
     """Train one stage from its start, or from its checkpoint with --resume; returns the checkpoint's path."""
-    spec, recipe = STAGES[stage], RECIPES[args.preset][stage]
+    (prepare, build, loss_of, picture_of), recipe = STAGES[stage], RECIPES[args.preset][stage]
     recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps") if getattr(args, k)})
     args.out.mkdir(parents=True, exist_ok=True)
     path, log = args.out / f"{stage}.pt", args.out / f"{stage}.csv"
     torch.manual_seed(args.seed)
-    context, extra = spec["prepare"](args, device)
+    context, extra = prepare(args, device)
     config = context["config"]
-    model = spec["build"](config).to(device, memory_format=torch.channels_last)
+    model = build(config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -405,17 +477,17 @@ def train(stage, args, device):
             "recipe": asdict(recipe), "seed": args.seed}}, path)
 
     low = args.precision == "bfloat16"
-    loader = DataLoader(Batches(stage, recipe.batch_size, args.seed, recipe.steps), batch_size=None,
+    loader = DataLoader(Batches(stage, recipe, args.seed, config), batch_size=None,
                         sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
     bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
     began, seen, recent = time.time(), 0, []
     for step, batch in enumerate(bar, start):
         torch.manual_seed((args.seed << 32) + step)  # noise, timesteps and dropout depend on (seed, step) alone
-        batch = spec["to_device"](batch, device)
+        batch = to_device(batch, device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         with torch.autocast(device.type, torch.bfloat16, enabled=low), attention_kernel(device, low):
-            loss = spec["loss"](model, batch, context)
+            loss = loss_of(model, batch, context)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -437,7 +509,7 @@ def train(stage, args, device):
                 csv.writer(file).writerows([("step", "loss", "images_per_second"), *rows])
             plot_loss(rows, args.out / f"{stage}-loss.png")
             with torch.no_grad():
-                spec["picture"](ema, batch, context).save(args.out / f"{stage}-samples.png")
+                picture_of(ema, batch, context).save(args.out / f"{stage}-samples.png")
     return path
 
 
@@ -463,14 +535,42 @@ def prepare_decoder(args, device):
     return {"clip": clip.to(device), "tokenizer": tokenizer, "config": config}, {"clip": clip_embed.fingerprint(clip)}
 
 
-def pictures_to_device(batch, device):
-    """uint8 images to floats in [-1, 1] on the device; captions as they are."""
-    return batch[0].to(device).float() / 127.5 - 1, batch[1]
+def prepare_prior(args, device):
+    """The frozen CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what it depends on."""
+    clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
+    c, mark = clip.config, clip_embed.fingerprint(clip)
+    clip.to(device)
+    cache = args.out / f"z_i-{mark}-{args.seed}.pt"
+    if cache.exists():
+        z_i = torch.load(cache, weights_only=True)
+    else:
+        loader = DataLoader(FixedPictures(args.seed), batch_size=256, num_workers=args.workers)
+        with torch.no_grad():
+            z_i = torch.cat([clip.encode_image(preprocess_tensor(images.to(device).float() / 127.5 - 1, c.image_size)).cpu()
+                             for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")])
+        save_atomically(z_i, cache)
+    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
+    return {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i.to(device), "seed": args.seed}, {"clip": mark}
 
 
+def prepare_upsampler(args, device, size):
+    """The upsampler's config; it needs nothing else."""
+    return {"config": upsample.PRESETS[args.preset][size], "seed": args.seed}, {}
+
+
+def to_device(batch, device):
+    """Tensors to the device, uint8 pictures as floats in [-1, 1]; captions as they are."""
+    return tuple(part if isinstance(part, list) else part.to(device).float() / 127.5 - 1 if part.dtype == torch.uint8
+                 else part.to(device) for part in batch)
+
+
+# name: (what it needs, network, loss, sample picture)
 STAGES = {
-    "clip": {"prepare": prepare_clip, "build": clip_embed.CLIP, "to_device": pictures_to_device, "loss": clip_loss, "picture": clip_picture},
-    "decoder": {"prepare": prepare_decoder, "build": decoder.Decoder, "to_device": pictures_to_device, "loss": decoder_loss, "picture": decoder_picture},
+    "clip": (prepare_clip, clip_embed.CLIP, clip_loss, clip_picture),
+    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture),
+    "decoder": (prepare_decoder, decoder.Decoder, decoder_loss, decoder_picture),
+    "upsample-256": (partial(prepare_upsampler, size=256), upsample.Upsampler, upsampler_loss, upsampler_picture),
+    "upsample-1024": (partial(prepare_upsampler, size=1024), upsample.Upsampler, upsampler_loss, upsampler_picture),
 }
 
 
