@@ -34,6 +34,7 @@ import decoder
 import prior
 import upsample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
+from sample import grid, to_picture
 
 # ----------------------------------------------------------------------------- the world of shapes
 
@@ -287,7 +288,7 @@ class FixedPictures(Dataset):
 
 @dataclass
 class Recipe:
-    """How a stage is trained (appendix C, table 3)."""
+    """How a stage is trained (appendix C, table 3): AdamW with β1 = 0.9."""
     batch_size: int
     steps: int
     learning_rate: float
@@ -304,6 +305,16 @@ RECIPES = {
                "decoder": Recipe(16, 10000, 5e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 3000, 5e-4, ema_decay=0.999),
                "upsample-1024": Recipe(16, 2000, 5e-4, ema_decay=0.999)},
+    "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000),
+               "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6),
+               "decoder": Recipe(32, 200000, 1.2e-4),
+               "upsample-256": Recipe(16, 100000, 1.2e-4),
+               "upsample-1024": Recipe(8, 100000, 1e-4)},
+    "paper": {"clip": Recipe(32768, 400000, 3e-4, 0.2, 0.98, 1e-6, warmup=2000),  # CLIP's own batch; the paper adds SAM
+              "prior": Recipe(4096, 600000, 1.1e-4, 0.06, 0.96, 1e-6),
+              "decoder": Recipe(2048, 800000, 1.2e-4),
+              "upsample-256": Recipe(1024, 1000000, 1.2e-4),
+              "upsample-1024": Recipe(512, 1000000, 1e-4)},
 }
 
 
@@ -392,20 +403,6 @@ def seeds(n):
     return [torch.Generator().manual_seed(k) for k in range(n)]
 
 
-def grid(images, columns):
-    """Tensors (3, H, W) in [-1, 1] side by side, `columns` a row, as one Pillow image."""
-    side = images[0].shape[-1]
-    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side))
-    for k, image in enumerate(images):
-        sheet.paste(to_picture(image), (k % columns * side, k // columns * side))
-    return sheet
-
-
-def to_picture(image):
-    """A tensor (3, H, W) in [-1, 1] → a Pillow image."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
 # ----------------------------------------------------------------------------- the training loop
 
 def learning_rate(step, recipe):
@@ -448,24 +445,30 @@ def plot_loss(rows, path):
 
 
 def train(stage, args, device):
-    """Train one stage from its start, or from its checkpoint with --resume; returns the checkpoint's path."""
+    """Train one stage from its start, or from its checkpoint with --resume. Raises UserError.
+
+    Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps.
+    """
     (prepare, build, loss_of, picture_of), recipe = STAGES[stage], RECIPES[args.preset][stage]
-    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps") if getattr(args, k)})
+    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)})
     args.out.mkdir(parents=True, exist_ok=True)
-    path, log = args.out / f"{stage}.pt", args.out / f"{stage}.csv"
+    path = args.out / f"{stage}.pt"
+    if path.exists() and not args.resume:
+        raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
     torch.manual_seed(args.seed)
     context, extra = prepare(args, device)
     config = context["config"]
     model = build(config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                                  lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
-    start, rows = 0, []
-    if args.resume and path.exists():
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
+    start, rows = 0, []  # rows: step, mean loss since the last row, images a second
+    if path.exists():
         checkpoint = clip_embed.read_checkpoint(path, stage)
-        state = checkpoint["training"]
+        state = checkpoint.get("training")
+        if state is None or checkpoint["config"] != asdict(config):
+            raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -476,7 +479,7 @@ def train(stage, args, device):
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
             "recipe": asdict(recipe), "seed": args.seed}}, path)
 
-    low = args.precision == "bfloat16"
+    low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
     loader = DataLoader(Batches(stage, recipe, args.seed, config), batch_size=None,
                         sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
     bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
@@ -498,19 +501,18 @@ def train(stage, args, device):
         bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{seen / (time.time() - began):.0f}", refresh=False)
         if not math.isfinite(recent[-1]):
             raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}; the last good checkpoint is {path}: "
-                            "lower --learning-rate, or use --precision float32")
+                            "lower --learning-rate, or use --precision float32, then --resume")
         done = step + 1
         if done % args.log_every == 0 or done == recipe.steps:
             rows.append((done, float(np.mean(recent)), seen / (time.time() - began)))
             recent = []
         if done % args.save_every == 0 or done == recipe.steps:
             save(done)
-            with open(log, "w", newline="") as file:
+            with open(path.with_suffix(".csv"), "w", newline="") as file:
                 csv.writer(file).writerows([("step", "loss", "images_per_second"), *rows])
             plot_loss(rows, args.out / f"{stage}-loss.png")
             with torch.no_grad():
                 picture_of(ema, batch, context).save(args.out / f"{stage}-samples.png")
-    return path
 
 
 def attention_kernel(device, low):
@@ -574,25 +576,46 @@ STAGES = {
 }
 
 
+def export(runs, folder):
+    """Write each checkpoint of a run in half precision, without its training state, to `folder`. Raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        checkpoint = clip_embed.read_checkpoint(runs / f"{stage}.pt", stage)
+        training = checkpoint.pop("training")
+        checkpoint["model"] = {k: v.half() for k, v in checkpoint["model"].items()}
+        checkpoint["trained"] = {k: training[k] for k in ("step", "recipe", "seed")}
+        save_atomically(checkpoint, folder / f"{stage}.pt")
+        print(folder / f"{stage}.pt")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Train unCLIP's stages on the world of shapes.")
-    parser.add_argument("stage", choices=["all", *STAGES])
-    parser.add_argument("--preset", default="shapes", choices=RECIPES)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--device", default="auto")
+    parser = argparse.ArgumentParser(
+        description="Train unCLIP's stages on the built-in world of shapes. The prior and the decoder need the CLIP of the same "
+        "--out folder; the upsamplers need nothing.",
+        epilog="A run that was stopped goes on with the same command and --resume, as if it had never stopped.")
+    parser.add_argument("stage", choices=["all", *STAGES, "export"],
+                        help="one stage; all five in order; or export: copy a finished run, in half precision, to weights/PRESET")
+    parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
+                        "laptop (a laptop GPU), paper (table 3)")
+    parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
+    parser.add_argument("--steps", type=int, help="training steps, in place of the preset's")
+    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
+    parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
+    parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between two rows of the CSV (default 50)")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default 500)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.preset
     with one_line_errors():
         device = pick_device(args.device)
-        for stage in (STAGES if args.stage == "all" else [args.stage]):
+        if args.stage == "export":
+            export(args.out, Path("weights") / args.preset)
+        for stage in STAGES if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
             train(stage, args, device)
 
 

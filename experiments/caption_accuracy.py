@@ -30,7 +30,7 @@ from train import (BACKGROUNDS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, VALUES
                    random_scene, render, what_to_say)
 
 SIDE = 64  # every picture is read at this size
-CONTRAST = 32  # how far a thing is from its background, at the least (RGB distance; the nearest pair is 59 apart)
+CONTRAST = 36  # how far a thing is from its background, at the least (RGB distance; the nearest pair is 59 apart)
 UNIT = 46
 SPECK = 14  # pixels; the least small thing has 41
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
@@ -145,10 +145,11 @@ def read_scene(picture):
     pixels = np.asarray(Image.fromarray(np.asarray(picture)).resize((SIDE, SIDE), Image.BOX), np.float32)
     background, plane, shade = fit_background(pixels)
     difference = (pixels - plane).astype(np.float32)
-    labels = components(np.linalg.norm(difference, axis=-1) > CONTRAST)
+    contrast = np.linalg.norm(difference, axis=-1)
+    labels = components(contrast > CONTRAST)
     things = []
     for label, area in zip(*np.unique(labels[labels > 0], return_counts=True)):
-        if area >= SPECK:
-            mask = labels == label
+        mask = labels == label
+        if area >= SPECK and contrast[mask].max() > 2 * CONTRAST:
             things.append(fit_thing(mask, difference * ((labels == 0) | mask)[..., None], plane))
     return background, things

@@ -1,0 +1,197 @@
+"""From captions to pictures: the whole chain (fig. 2, §5).
+
+    caption → CLIP's text tower → prior → z_i → decoder → 64×64 → upsampler → 256×256 → upsampler → 1024×1024
+
+In:   captions, as arguments or one a line in a file
+Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its text chunks;
+      their paths on stdout, one a line, and all else on stderr
+
+Picture k of a run draws its noise from generators of its own, seeded by seed + k and the stage: it is the same
+picture alone or in a batch.
+
+    python sample.py "a large red circle above a small blue star"
+    python sample.py "a red circle" "a striped heart on pink" --n 8 --size 64 --grid
+"""
+
+import argparse
+import io
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import clip_embed
+import decoder
+import prior
+import upsample
+from clip_embed import UserError, one_line_errors, pick_device, read_checkpoint
+
+SHIPPED = Path(__file__).parent / "weights" / "shapes"
+SIZES = (64, 256, 1024)
+STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
+BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
+
+
+def load_stack(weights=SHIPPED, device="cpu", size=64):
+    """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
+
+    Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP.
+    """
+    weights = Path(weights)
+    clip, tokenizer = clip_embed.load_clip(weights / "clip.pt")
+    stack = {"clip": clip, "tokenizer": tokenizer}
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    for large in SIZES[1:SIZES.index(size) + 1]:
+        kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
+    for stage, (network, config) in kinds.items():
+        path = weights / f"{stage}.pt"
+        checkpoint = read_checkpoint(path, stage)
+        mark = clip_embed.fingerprint(clip)
+        if checkpoint.get("clip", mark) != mark:
+            raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {weights / 'clip.pt'} is CLIP {mark}")
+        stack[stage] = clip_embed.load_model(network, config, checkpoint, path)
+    return {k: v if k == "tokenizer" else v.to(device) for k, v in stack.items()}
+
+
+def generators(stage, seed, pictures):
+    """One torch.Generator for each picture number, seeded by seed + number and the stage."""
+    return [torch.Generator().manual_seed((seed + k) * len(STAGE_NUMBER) + STAGE_NUMBER[stage]) for k in pictures]
+
+
+@torch.no_grad()
+def generate(stack, captions, seed=0, size=64, prior_guidance=1.0, prior_steps=64, decoder_guidance=2.0, decoder_steps=50,
+             eta=None, upsample_steps=(None, None), bar=False, seconds=None):
+    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
+
+    The options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a
+    dictionary, gathers the time that each stage took.
+    """
+    seconds = {} if seconds is None else seconds
+    device = stack["clip"].logit_scale.device
+
+    def in_batches(stage, most, run):
+        began, parts = time.perf_counter(), []
+        for first in range(0, len(captions), most):
+            pictures = range(first, min(first + most, len(captions)))
+            parts.append(run(pictures, generators(stage, seed, pictures)).cpu())
+        seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
+        return torch.cat(parts)
+
+    def read(pictures):
+        text = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [captions[k] for k in pictures] + [""])
+        return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+
+    z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
+        stack["prior"], *read(pictures), noise, prior_guidance, prior_steps, bar=bar))
+    images = in_batches("decoder", BATCH[64], lambda pictures, noise: decoder.sample(
+        stack["decoder"], z_i[list(pictures)].to(device), *read(pictures), noise, decoder_guidance, decoder_steps, eta, bar=bar))
+    for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
+        small, stage = images, f"upsample-{large}"
+        images = in_batches(stage, BATCH[large], lambda pictures, noise: upsample.sample(
+            stack[stage], small[list(pictures)].to(device), noise, steps, bar=bar))
+    return images
+
+
+def to_picture(image):
+    """A tensor (3, H, W) in [-1, 1] → a Pillow image."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images, columns):
+    """Tensors (3, H, W) in [-1, 1] side by side, `columns` a row, as one Pillow image."""
+    side = images[0].shape[-1]
+    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), "white")
+    for k, image in enumerate(images):
+        sheet.paste(to_picture(image), (k % columns * side, k // columns * side))
+    return sheet
+
+
+def save_png(picture, folder, name, **chunks):
+    """Write folder/NNNN-name.png under the first free number, with text chunks; returns its path. Raises UserError."""
+    info, file = PngInfo(), io.BytesIO()
+    for key, value in chunks.items():
+        info.add_itxt(key, str(value))
+    picture.save(file, "PNG", pnginfo=info)
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "unconditional"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]-*.png")]
+        number = max(taken, default=-1) + 1
+        while True:
+            path = folder / f"{number:04d}-{name}.png"
+            try:
+                with open(path, "xb") as out:  # x: never over an existing file
+                    out.write(file.getvalue())
+                return path
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error})") from None
+
+
+def gather_captions(arguments, file):
+    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
+    captions = list(arguments)
+    if file:
+        try:
+            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
+    if not captions:
+        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
+    return captions
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two shapes: "
+        "circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; solid or "
+        "striped; left of, right of, above, below; on a white, gray, pink or mint background.",
+        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 ignores the condition.")
+    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
+    parser.add_argument("--file", help="a text file of captions, one a line")
+    parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
+    parser.add_argument("--size", type=int, default=1024, choices=SIZES, help="pixels a side (default 1024)")
+    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (the paper: of little use in the prior, §5.5)")
+    parser.add_argument("--prior-steps", type=int, default=64, help="default 64, as in the paper")
+    parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper's pictures for table 2: 1.25)")
+    parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
+    parser.add_argument("--eta", type=float, help="sample the decoder by DDIM with this η (default: ancestral, learned variance, as in the paper)")
+    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"), help="default 27 15, as in the paper")
+    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, a caption a row")
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped shapes models)")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples/)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors():
+        captions = gather_captions(args.captions, args.file)
+        for name, low, high in (("n", 1, 10_000), ("seed", 0, 1 << 48), ("prior_steps", 1, 1000), ("decoder_steps", 1, 990)):
+            if not low <= getattr(args, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low} and {high}")
+        for name in ("prior_guidance", "decoder_guidance", "eta"):
+            if getattr(args, name) is not None and not 0 <= getattr(args, name) <= (1 if name == "eta" else 100):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {1 if name == 'eta' else 100}")
+        if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
+            raise UserError(f"--upsample-steps {args.upsample_steps[0]} {args.upsample_steps[1]}: both must be between 1 and 900")
+        stack = load_stack(args.weights, pick_device(args.device), args.size)
+        captions = [caption for caption in captions for _ in range(args.n)]
+        options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta", "upsample_steps")}
+        seconds = {}
+        images = generate(stack, captions, args.seed, args.size, **options, bar=True, seconds=seconds)
+        settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in options.items())
+        for k, (caption, image) in enumerate(zip(captions, images)):
+            print(save_png(to_picture(image), args.out, caption, caption=caption, seed=args.seed + k, settings=settings), flush=True)
+        if args.grid:
+            columns = args.n if args.n > 1 else math.ceil(len(images) ** 0.5)
+            print(save_png(grid(images, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed, settings=settings))
+        print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

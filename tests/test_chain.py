@@ -1,0 +1,217 @@
+"""Training that resumes exactly, the whole chain on a tiny untrained stack, and how wrong use is told."""
+
+import argparse
+import itertools
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_embed
+import decoder
+import prior
+import sample
+import train
+import upsample
+from clip_embed import UserError
+
+TINY = {
+    clip_embed: clip_embed.CLIPConfig(embed_dim=16, image_size=64, vision_patch_size=32, vision_width=16, vision_layers=1, vision_heads=1,
+                                      text_width=16, text_layers=1, text_heads=1),
+    prior: prior.PriorConfig(embed_dim=16, clip_text_width=16, text_context=77, width=16, layers=1, heads=1),
+    decoder: decoder.DecoderConfig(patch_size=8, channels=16, depth=1, multiples=(1, 2), attention=(4,), head_channels=16, norm_groups=8,
+                                   embed_dim=16, clip_text_width=16, text_layers=0, text_width=16, text_heads=1, text_context=77),
+    upsample: {256: upsample.UpsamplerConfig(patch_size=16, channels=16, depth=1, multiples=(1, 2), norm_groups=8),
+               1024: upsample.second(patch_size=64, channels=16, depth=1, multiples=(1, 2), norm_groups=8)},
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Every preset and recipe replaced by tiny ones (dropout included); returns train's arguments."""
+    for module, config in TINY.items():
+        monkeypatch.setitem(module.PRESETS, "shapes", config)
+    monkeypatch.setitem(train.RECIPES, "shapes", {stage: train.Recipe(4, 4, 1e-3, 0.1, ema_decay=0.9, warmup=2) for stage in train.STAGES})
+    monkeypatch.setattr(train, "FIXED_SCENES", 20)
+    monkeypatch.setattr(train, "corpus", lambda: ["a red circle", "a small blue star"])
+    monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
+    monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
+    return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
+                              precision="float32", workers=0, log_every=1, save_every=1)
+
+
+def stopped_after(monkeypatch, saves):
+    """Make train die, as by a power cut, right after its `saves`-th checkpoint."""
+    write, count = train.save_atomically, itertools.count(1)
+
+    def save(content, path):
+        write(content, path)
+        if next(count) == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_atomically", save)
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
+    if stage in ("prior", "decoder"):
+        train.train("clip", tiny, torch.device("cpu"))
+        monkeypatch.setattr(train, "FIXED_SCENES", 20)
+    whole, parts = argparse.Namespace(**vars(tiny)), argparse.Namespace(**vars(tiny))
+    parts.out = tiny.out.parent / "parts"
+    parts.out.mkdir()
+    if (tiny.out / "clip.pt").exists() and stage != "clip":
+        (parts.out / "clip.pt").write_bytes((tiny.out / "clip.pt").read_bytes())
+    train.train(stage, whole, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 3 if stage == "prior" else 2)  # the prior saves its scenes' z_i first
+        with pytest.raises(KeyboardInterrupt):
+            train.train(stage, parts, torch.device("cpu"))
+    parts.resume, parts.workers = True, 1
+    assert torch.load(parts.out / f"{stage}.pt", weights_only=True)["training"]["step"] == 2
+    train.train(stage, parts, torch.device("cpu"))
+    a, b = (torch.load(args.out / f"{stage}.pt", weights_only=True) for args in (whole, parts))
+    assert [row[:2] for row in a["training"]["rows"]] == [row[:2] for row in b["training"]["rows"]]
+    for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert any(not torch.equal(a["model"][k], a["training"]["model"][k]) for k in a["model"])  # EMA is not the model
+    assert Image.open(parts.out / f"{stage}-loss.png").size == (640, 360)
+    assert Image.open(parts.out / f"{stage}-samples.png").size[0] >= 64
+    assert (parts.out / f"{stage}.csv").read_text().splitlines()[0] == "step,loss,images_per_second"
+
+
+def test_a_run_is_not_overwritten_and_a_bad_loss_stops_it(tiny, monkeypatch):
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    with pytest.raises(UserError, match="--resume"):
+        train.train("upsample-256", tiny, torch.device("cpu"))
+    before = (tiny.out / "upsample-256.pt").read_bytes()
+    tiny.resume, tiny.steps = True, 6
+    monkeypatch.setattr(upsample, "upsampler_loss", lambda model, high, low: model(high, torch.zeros(len(high)), low).mean() * float("nan"))
+    with pytest.raises(UserError, match="loss at step 4 is nan"):
+        train.train("upsample-256", tiny, torch.device("cpu"))
+    assert (tiny.out / "upsample-256.pt").read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    train.save_atomically({"a": 1}, path)
+    monkeypatch.setattr(torch, "save", lambda content, to: (Path(to).write_bytes(b"half"), (_ for _ in ()).throw(OSError("disk full")))[1].__next__())
+    with pytest.raises(OSError):
+        train.save_atomically({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of tiny random checkpoints of every stage, no branch left at zero."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    clip = clip_embed.CLIP(replace(TINY[clip_embed], vocab_size=514))
+    models = {"clip": clip, "prior": prior.DiffusionPrior(TINY[prior]), "decoder": decoder.Decoder(replace(TINY[decoder], vocab_size=514)),
+              "upsample-256": upsample.Upsampler(TINY[upsample][256]), "upsample-1024": upsample.Upsampler(TINY[upsample][1024])}
+    for stage, model in models.items():
+        for p in model.parameters():
+            if not p.abs().sum():
+                torch.nn.init.normal_(p, std=0.05)
+        mark = {"clip": clip_embed.fingerprint(clip)} if stage in ("prior", "decoder") else {}
+        torch.save({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "merges": [], **mark}, folder / f"{stage}.pt")
+    return folder
+
+
+OPTIONS = dict(prior_steps=3, decoder_steps=3, upsample_steps=(2, 2))
+
+
+@pytest.mark.parametrize("size", sample.SIZES)
+def test_the_whole_chain_makes_pictures_of_the_right_size(weights, size):
+    stack = sample.load_stack(weights, "cpu", size)
+    images = sample.generate(stack, ["a red circle", ""], size=size, **OPTIONS)
+    assert images.shape == (2, 3, size, size) and images.isfinite().all() and images.abs().max() <= 1
+    assert images.std() > 0.05 and not torch.allclose(images[0], images[1], atol=0.05)
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch(weights):
+    stack = sample.load_stack(weights, "cpu", 256)
+    captions = ["a star"] + ["a very long caption about many things that are not here"] * 18 + ["a blue heart"]
+    together = sample.generate(stack, captions, seed=5, size=256, **OPTIONS)
+    for k in (0, 19):
+        alone = sample.generate(stack, [captions[k]], seed=5 + k, size=256, **OPTIONS)
+        assert (alone[0] - together[k]).abs().max() * 127.5 <= 2
+
+
+def run(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main()
+
+
+def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weights, tmp_path, monkeypatch, capsys):
+    words = ["--weights", weights, "--out", tmp_path, "--size", 64, "--prior-steps", 2, "--decoder-steps", 2, "--n", 2, "--seed", 7, "--device", "cpu"]
+    (tmp_path / "c.txt").write_text("a red star\n\nünïcode ☃\n", encoding="utf-8")
+    run(sample, monkeypatch, "a RED/circle\0", "", *words, "--file", tmp_path / "c.txt", "--grid")
+    out, err = capsys.readouterr()
+    paths = [Path(line) for line in out.splitlines()]
+    assert len(paths) == 9 and all(p.parent == tmp_path and p.exists() for p in paths)
+    assert Image.open(paths[0]).text["seed"] == "7" and Image.open(paths[7]).text["caption"] == "ünïcode ☃"
+    assert "decoder-steps 2" in Image.open(paths[0]).text["settings"] and "unconditional" in paths[2].name
+    assert Image.open(paths[8]).size == (128, 256) and "seconds: prior" in err
+    old = paths[0].read_bytes()
+    run(sample, monkeypatch, "a RED/circle", *words)
+    assert paths[0].read_bytes() == old and len(list(tmp_path.glob("*.png"))) == 11
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "no caption"),
+    (["x", "--seed", "-1"], "--seed -1: must be between 0"),
+    (["x", "--n", "0"], "--n 0: must be between 1"),
+    (["x", "--decoder-steps", "0"], "--decoder-steps 0"),
+    (["x", "--decoder-guidance", "nan"], "--decoder-guidance nan"),
+    (["x", "--eta", "2"], "--eta 2.0: must be between 0 and 1"),
+    (["x", "--device", "cuda"], "--device cuda: not available here"),
+    (["x", "--device", "toaster"], "--device toaster: not available here"),
+    (["x", "--weights", "/nowhere"], "clip.pt: no such file; expected the clip checkpoint"),
+    (["--file", "/nowhere.txt"], "--file /nowhere.txt: cannot be read"),
+])
+def test_wrong_use_is_one_line_and_exit_status_2(arguments, message, weights, monkeypatch, capsys, tmp_path):
+    if "--device" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a cuda device")
+    with pytest.raises(SystemExit) as stop:
+        run(sample, monkeypatch, *([] if "--weights" in arguments else ["--weights", weights]), "--out", tmp_path, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_stage_in_anothers_place_and_another_clip_are_named(weights, tmp_path):
+    for file in weights.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "prior.pt").write_bytes((weights / "decoder.pt").read_bytes())
+    with pytest.raises(UserError, match="is a 'decoder' checkpoint, expected 'prior'"):
+        sample.load_stack(tmp_path)
+    other = torch.load(weights / "prior.pt", weights_only=True) | {"clip": "0123456789abcdef"}
+    torch.save(other, tmp_path / "prior.pt")
+    with pytest.raises(UserError, match="trained with CLIP 0123456789abcdef, but .* is CLIP"):
+        sample.load_stack(tmp_path)
+
+
+def test_every_script_of_a_stage_runs(weights, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "p.png"
+    train.render(train.random_scene(np.random.default_rng(0)), 64).save(picture)
+    run(clip_embed, monkeypatch, picture, "a red circle", "a star", "--clip", weights / "clip.pt", "--device", "cpu")
+    assert "a star" in capsys.readouterr().out
+    run(prior, monkeypatch, "a red circle", "--weights", weights, "--steps", 3, "--n", 3, "--device", "cpu")
+    assert "mean cosine with z_t" in capsys.readouterr().out
+    run(decoder, monkeypatch, picture, "--weights", weights, "--steps", 3, "--out", tmp_path / "d.png", "--device", "cpu")
+    assert Image.open(tmp_path / "d.png").size == (320, 64)
+    run(upsample, monkeypatch, picture, "--weights", weights, "--out", tmp_path / "u.png", "--device", "cpu")
+    assert Image.open(tmp_path / "u.png").size == (512, 256)
+
+
+def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path):
+    for stage in train.STAGES:
+        train.train(stage, tiny, torch.device("cpu"))
+    train.export(tiny.out, tmp_path / "shipped")
+    small = torch.load(tmp_path / "shipped" / "decoder.pt", weights_only=True)
+    assert "training" not in small and {v.dtype for v in small["model"].values()} == {torch.float16} and small["trained"]["step"] == 4
+    assert sample.generate(sample.load_stack(tmp_path / "shipped"), ["a circle"], prior_steps=2, decoder_steps=2).shape == (1, 3, 64, 64)

@@ -1,0 +1,129 @@
+"""The world of shapes: what design promises of scenes, captions, pictures and near misses; the upsamplers' crops."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+import upsample
+
+
+def scenes(n, **options):
+    rng = np.random.default_rng(0)
+    return [train.random_scene(rng, **options) for _ in range(n)]
+
+
+def test_things_keep_their_sizes_stay_inside_and_never_touch():
+    for scene in scenes(1000):
+        for thing in scene.things:
+            low, high = train.SIZES[thing.size]
+            assert low <= thing.radius <= high and abs(thing.tilt) <= 12
+            assert min(thing.x, thing.y) - thing.radius > 0 and max(thing.x, thing.y) + thing.radius < 1
+        if scene.relation:
+            a, b = scene.things
+            along, across = (a.x - b.x, a.y - b.y) if scene.relation in ("left of", "right of") else (a.y - b.y, a.x - b.x)
+            assert np.hypot(along, across) > a.radius + b.radius
+            assert abs(along) >= 0.3 and abs(across) <= 0.12
+            assert (along < 0) == (scene.relation in ("left of", "above"))
+
+
+def test_held_out_pairs_appear_only_when_asked_for():
+    assert not any(train.is_held_out(s) for s in scenes(2000))
+    assert all(train.is_held_out(s) for s in scenes(100, held_out=True))
+
+
+def test_captions_leave_each_attribute_out_about_a_third_of_the_time():
+    rng = np.random.default_rng(0)
+    sample = scenes(2000, count=2)
+    said = [train.what_to_say(s, rng) for s in sample]
+    for what in ((0, "colour"), (1, "size"), (0, "fill"), "relation", "background"):
+        assert sum(what in s for s in said) / len(said) == pytest.approx(2 / 3, abs=0.04)
+    for scene, words in zip(sample, said):
+        caption = train.describe(scene, words, rng)
+        assert all(t.shape in caption for t in scene.things)
+        assert (scene.background in caption) == ("background" in words)
+
+
+def test_a_near_miss_differs_in_what_the_caption_says():
+    rng, same, swaps = np.random.default_rng(0), 0, 0
+    for scene in scenes(500):
+        said = train.what_to_say(scene, rng)
+        other = train.near_miss(scene, said, rng)
+        assert not train.is_held_out(other) and len(other.things) == len(scene.things)
+        facts = [{(k, a): getattr(t, a) for k, t in enumerate(s.things) for a in train.VALUES} |
+                 {"relation": s.relation, "background": s.background} for s in (scene, other)]
+        changed = {k for k in facts[0] if facts[0][k] != facts[1][k]}
+        assert changed and all(k in said or k[1] == "shape" for k in changed)
+        swaps += len(changed) == 2
+    assert swaps > 80
+
+
+def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice():
+    images, captions = train.Batches("clip", train.Recipe(32, 1, 1e-3), 0, None)[0]
+    assert images.shape == (32, 3, 64, 64) and images.dtype == torch.uint8 and len(set(captions)) == 32
+
+
+def test_batches_depend_on_seed_and_number_alone():
+    make = lambda seed: train.Batches("decoder", train.Recipe(3, 9, 1e-3), seed, None)
+    (a, words_a), (b, words_b) = make(0)[5], make(0)[5]
+    assert torch.equal(a, b) and words_a == words_b
+    assert words_a != make(1)[5][1] and words_a != make(0)[6][1]
+
+
+@pytest.mark.parametrize("shape", train.SHAPES)
+def test_pictures_show_the_same_scene_at_every_size(shape):
+    scene = train.Scene((train.Thing(shape, "blue", "large", "solid", 0.4, 0.6, 0.19, 5),), None, "gray", 0.05)
+    at_64 = np.asarray(train.render(scene, 64), float)
+    for side in (256, 1024):
+        assert np.abs(np.asarray(train.render(scene, side).reduce(side // 64), float) - at_64).mean() < 0.5
+    assert tuple(at_64[int(0.6 * 64), int(0.4 * 64)]) == train.COLOURS["blue"]
+    blue = np.abs(at_64 - train.COLOURS["blue"]).sum(-1) < 60
+    area = {"circle": 3.14, "square": 2, "triangle": 1.3, "star": 1.23, "heart": 1.9, "cross": 1.85}[shape] * (0.19 * 64) ** 2
+    assert blue.sum() == pytest.approx(area, rel=0.12)
+
+
+def test_stripes_are_the_colour_and_the_colour_with_35_percent_white():
+    thing = train.Thing("square", "black", "large", "striped", 0.5, 0.5, 0.2, 0)
+    picture = np.asarray(train.render(train.Scene((thing,), None, "white", 0.0), 1024))
+    column = picture[380:640, 512, 0]
+    assert {25, 106} <= set(column.tolist()) or {25, 105} <= set(column.tolist())
+
+
+def test_crops_of_the_condition_and_the_target_stay_aligned_for_every_crop():
+    """A picture of random pixels: only the right place fits. Undamaged, a low crop is the area average of its high crop."""
+    config = upsample.UpsamplerConfig(low_size=16, image_size=64)
+
+    class NoBlur:
+        def __init__(self, rng):
+            self.integers, self.random = rng.integers, lambda: 0.9
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    highs, lows = upsample.training_crops(picture, config, NoBlur(np.random.default_rng(1)), 300)
+    assert highs.shape == (300, 3, 16, 16) and lows.shape == (300, 3, 4, 4)
+    average = torch.nn.functional.avg_pool2d(highs.float(), 4)
+    assert float((average - lows.float()).abs().max()) <= 1
+    assert len({low.numpy().tobytes() for low in lows}) > 120  # of 169 places
+
+
+def test_gaussian_blur_is_the_normalized_3_by_3_kernel():
+    x = torch.zeros(1, 1, 7, 7)
+    x[..., 3, 3] = 1
+    g = np.exp(-np.array([-1, 0, 1]) ** 2 / (2 * 0.36))
+    want = np.outer(g, g) / g.sum() ** 2
+    assert np.allclose(upsample.gaussian_blur(x)[0, 0, 2:5, 2:5], want, atol=1e-6)
+    assert torch.allclose(upsample.gaussian_blur(torch.ones(1, 3, 5, 5)), torch.ones(1, 3, 5, 5))
+
+
+def test_bsr_damages_but_keeps_size_and_mean():
+    picture = train.render(scenes(1)[0], 256)
+    rng = np.random.default_rng(0)
+    before = np.asarray(picture, float)
+    after = [np.asarray(upsample.bsr_degrade(picture, rng), float) for _ in range(20)]
+    assert all(a.shape == before.shape and abs(a.mean() - before.mean()) < 3 for a in after)
+    assert sum(np.abs(a - before).max() > 5 for a in after) >= 12
+    assert len({a.tobytes() for a in after}) >= 15
+    again = np.asarray(upsample.bsr_degrade(picture, np.random.default_rng(0)), float)
+    assert np.array_equal(after[0], again)
