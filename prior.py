@@ -21,6 +21,7 @@ pixels in [−1, 1]; we keep that deviation at any d. Everyone outside this file
 import argparse
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appen
 
 # ----------------------------------------------------------------------------- Gaussian diffusion
 
+@lru_cache
 def cosine_schedule(T=1000):
     """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (Improved DDPM eq. 17; β clipped at 0.999)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2

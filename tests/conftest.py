@@ -1,4 +1,4 @@
-"""Put the project's folder on the path, and keep torch to one thread: the tests' networks are tiny."""
+"""Put the project's folder on the path, keep torch to one thread (the tests' networks are tiny), leave out slow tests."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long or wants the machine to itself; run with `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        skipped = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in skipped]
 
 
 @pytest.fixture(autouse=True)
