@@ -21,7 +21,7 @@ import sys
 import unicodedata
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,9 +80,7 @@ def split_words(text):
     CLIP's pattern is 's|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+; the standard library has
     no \\p, so the Unicode category of each character decides.
     """
-    def kind(c):
-        return " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "other")
-
+    kind = lambda c: " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "other")
     words, i = [], 0
     while i < len(text):
         contraction = re.match(r"'(?:s|t|re|ve|m|ll|d)", text[i:i + 3])
@@ -130,10 +128,7 @@ def learn_bpe(captions, most=1000):
             break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties broken by spelling: reproducible
         merges.append(best)
-        merged = Counter()
-        for symbols, count in words.items():
-            merged[merge_pair(symbols, best)] += count
-        words = merged
+        words = Counter({merge_pair(symbols, best): count for symbols, count in words.items()})
     return merges
 
 
@@ -231,6 +226,8 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -379,19 +376,18 @@ def open_picture(path):
         raise UserError(f"{path}: not a picture that can be read ({error})") from None
 
 
-def preprocess(picture, size):
-    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (3, size, size)."""
-    picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
 def preprocess_tensor(images, size):
-    """The same for square tensors (B, 3, H, H) in [-1, 1], on their own device: (B, 3, size, size)."""
+    """CLIP's way in for square tensors (B, 3, H, H) in [-1, 1]: bicubic to `size`, CLIP's mean and deviation."""
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return ((images + 1) / 2 - mean) / std
+
+
+def preprocess(picture, size):
+    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (3, size, size)."""
+    picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return preprocess_tensor(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -405,7 +401,8 @@ def read_checkpoint(path, stage):
     except Exception as error:  # a foreign file can fail in any way that zip, pickle and torch know
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path}: damaged, or no checkpoint ({reason}); expected a {stage} checkpoint") from None
-    if not isinstance(checkpoint, dict) or not {"stage", "config", "model"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in
+                                                   (("stage", str), ("config", dict), ("model", dict))):
         raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")
     if checkpoint["stage"] != stage:
         raise UserError(f"{path}: is a {checkpoint['stage']!r} checkpoint, expected {stage!r}")
@@ -418,16 +415,17 @@ def load_model(build, config_class, checkpoint, path):
     The network is built on the meta device, which allocates nothing, and every tensor's name, shape and
     values are checked before it takes the place of a parameter: a damaged or hostile file is named as such.
     """
-    known = {f.name: f.type for f in fields(config_class)}
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
-    if set(config) != set(known):
-        raise UserError(f"{path}: its config has the fields {sorted(config)}, expected {sorted(known)}")
-    if any(isinstance(n, int) and not 0 <= n <= 1 << 20 for v in config.values() for n in (v if isinstance(v, tuple) else (v,))):
-        raise UserError(f"{path}: its config has a number outside 0…{1 << 20}")
+    config, known = checkpoint["config"], sorted(f.name for f in fields(config_class))
+    if sorted(config) != known:
+        raise UserError(f"{path}: its config has the fields {sorted(config)}, expected {known}")
+    for field, value in config.items():
+        most = len(checkpoint["model"]) if "layers" in field or field == "depth" else 1 << 20  # no more layers than tensors
+        if any(isinstance(n, int) and not 0 <= n <= most for n in (value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{path}: its config says {field} = {value}, a number outside 0…{most}")
     try:
         with torch.device("meta"):
             model = build(config_class(**config))
-    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
     want, have = model.state_dict(), checkpoint["model"]
     for name in want.keys() | have.keys():

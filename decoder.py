@@ -206,6 +206,8 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels, head_channels, context_width, groups):
         super().__init__()
+        if head_channels < 1 or channels % head_channels:
+            raise ValueError(f"{channels} channels cannot be shared by heads of {head_channels}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)

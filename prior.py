@@ -100,6 +100,8 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
         self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)

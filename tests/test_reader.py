@@ -1,0 +1,145 @@
+"""The reader of scenes (experiments/caption_accuracy.py): captions, true renderings, and pictures that are wrong."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
+
+import caption_accuracy
+from caption_accuracy import parse_caption, read_scene, score, self_test, table
+from clip_embed import UserError
+from train import RELATIONS, VALUES, Scene, Thing, describe, random_scene, render, what_to_say
+
+CAPTION = "a red circle to the left of a blue star on a pink background"
+SCENE = Scene((Thing("circle", "red", "large", "solid", 0.25, 0.5, 0.18), Thing("star", "blue", "small", "striped", 0.75, 0.55, 0.1)),
+              "left of", "pink", 0.03)
+
+
+def shares(scores):
+    """How often each attribute is right, of (caption, score)."""
+    return {a: np.mean([s[a] for _, s in scores if a in s]) for a in caption_accuracy.ATTRIBUTES}
+
+
+def with_things(*things):
+    return replace(SCENE, things=things)
+
+
+def test_a_caption_is_parsed_into_exactly_what_it_says():
+    for k in range(500):
+        rng = np.random.default_rng([3, k])
+        scene = random_scene(rng)
+        said = what_to_say(scene, rng)
+        things = tuple(Thing(t.shape, *((getattr(t, a) if (i, a) in said else None) for a in ("colour", "size", "fill")))
+                       for i, t in enumerate(scene.things))
+        relation = scene.relation if "relation" in said else None
+        right = Scene(things, relation, scene.background if "background" in said else None, 0.0)
+        other = replace(right, things=things[::-1], relation=RELATIONS.get(relation))  # describe may begin with either
+        assert parse_caption(describe(scene, said, rng)) in (right, other)
+
+
+@pytest.mark.parametrize("caption, things, relation, background", [
+    ("A red circle, and a blue star!", [("circle", "red"), ("star", "blue")], None, None),
+    ("a photo of the big striped Heart under a star against grey", [("heart", None), ("star", None)], "below", "gray"),
+    ("a star that is blue and a circle", [("star", None), ("circle", None)], None, None),
+    ("a cross on the right of a pink heart", [("cross", None), ("heart", None)], "right of", None),
+    ("a cross over a square on a pink heart", [("cross", None), ("square", None), ("heart", None)], None, None)])
+def test_plain_wordings_are_understood_and_unknown_words_passed_over(caption, things, relation, background):
+    scene = parse_caption(caption)
+    assert [(t.shape, t.colour) for t in scene.things] == things
+    assert (scene.relation, scene.background) == (relation, background)
+
+
+def test_a_caption_without_a_shape_is_an_error():
+    with pytest.raises(UserError, match="names none of the shapes"):
+        parse_caption("a corgi playing a trumpet")
+
+
+@pytest.mark.parametrize("size, n", [(64, 200), (256, 20), (1024, 4)])
+def test_true_renderings_are_read_right(size, n):
+    assert min(shares(self_test(n, seed=1, size=size)).values()) >= 0.99
+
+
+def test_noise_and_blur_cost_little():
+    rng = np.random.default_rng(0)
+    blur = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1))
+    noisy = lambda picture: (np.asarray(picture) + rng.normal(0, 6, (64, 64, 3))).round().clip(0, 255).astype(np.uint8)
+    for change in (noisy, lambda picture: picture.filter(blur), lambda picture: noisy(picture.filter(blur))):
+        assert min(shares(self_test(40, seed=2, change=change)).values()) >= 0.97
+
+
+def test_a_scene_that_was_read_can_be_drawn_again():
+    read = read_scene(render(SCENE, 64))
+    assert [[getattr(t, a) for a in VALUES] for t in read.things] == [[getattr(t, a) for a in VALUES] for t in SCENE.things]
+    assert np.allclose([(t.x, t.y, t.radius) for t in read.things], [(t.x, t.y, t.radius) for t in SCENE.things], atol=0.01)
+    assert (read.relation, read.background) == ("left of", "pink") and abs(read.shade - 0.03) < 0.01
+
+
+def test_the_true_picture_scores_right_and_only_what_is_said_counts():
+    result = score(render(SCENE, 64), CAPTION)
+    assert result == dict.fromkeys(("count", "shape", "colour", "relation", "background", "bound", "all"), True)
+
+
+@pytest.mark.parametrize("scene, wrong", [
+    (with_things(*(replace(t, colour=c) for t, c in zip(SCENE.things, ("blue", "red")))), {"colour", "bound"}),
+    (with_things(*(replace(t, shape=s) for t, s in zip(SCENE.things, ("star", "circle")))), {"shape", "bound"}),
+    (with_things(*(replace(t, x=1 - t.x) for t in SCENE.things)), {"relation"}),
+    (with_things(*(replace(t, x=0.5, y=t.x) for t in SCENE.things)), {"relation"}),
+    (with_things(SCENE.things[0]), {"count", "shape", "colour", "relation", "bound"}),
+    (with_things(*SCENE.things, Thing("cross", "green", "small", "solid", 0.5, 0.15, 0.1)), {"count"}),
+    (with_things(), {"count", "shape", "colour", "relation", "bound"}),
+    (replace(SCENE, background="mint"), {"background"})])
+def test_a_wrong_picture_scores_wrong_in_what_is_wrong(scene, wrong):
+    assert {a for a, right in score(render(scene, 64), CAPTION).items() if not right} == wrong | {"all"}
+
+
+def test_size_and_fill_count_where_they_are_said():
+    result = score(render(SCENE, 64), "a small circle and a solid star")
+    assert {a for a, right in result.items() if not right} == {"size", "fill", "all"}
+
+
+def test_two_things_of_the_same_description_may_stand_in_either_order():
+    assert score(render(with_things(*(replace(t, shape="heart") for t in SCENE.things)), 64), "a heart right of a heart")["all"]
+
+
+def test_specks_are_passed_over_and_a_thing_like_no_shape_has_none():
+    picture = render(SCENE, 64)
+    ImageDraw.Draw(picture).rectangle((30, 5, 32, 7), "black")
+    assert score(picture, CAPTION)["all"]
+    picture = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(picture).line((10, 10, 10, 50, 50, 50), "red", 6)
+    assert [t.shape for t in read_scene(picture).things] == [None]
+
+
+def test_no_picture_makes_the_reader_fail():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for picture in (noise, noise // 255 * 255, np.zeros_like(noise), np.indices((64, 64)).sum(0)[..., None] % 2 * np.uint8([255] * 3)):
+        assert not score(picture, CAPTION)["all"]
+    for picture in (noise[:60, :60], noise[:, :, 0], noise[:, :, [0]], noise / 255.0):
+        with pytest.raises(UserError, match="square"):
+            read_scene(picture)
+
+
+def test_the_table_gives_right_of_said_for_each_number_of_things():
+    scores = [("a red star", {"count": True, "colour": False}), ("a star and a star", {"count": True})]
+    lines = table(scores).splitlines()
+    assert lines[0] == "| | one thing | two things | all |"
+    assert "| count | 1 / 1 (100.0%) | 1 / 1 (100.0%) | 2 / 2 (100.0%) |" in lines
+    assert "| colour | 0 / 1 (0.0%) | – | 0 / 1 (0.0%) |" in lines
+
+
+def test_files_carry_their_captions(tmp_path, monkeypatch, capsys):
+    chunks = PngInfo()
+    chunks.add_itxt("caption", CAPTION)
+    render(SCENE, 64).save(tmp_path / "good.png", pnginfo=chunks)
+    render(SCENE, 64).save(tmp_path / "mute.png")
+    (tmp_path / "text.png").write_text("no picture")
+    run = lambda name: (monkeypatch.setattr("sys.argv", ["caption_accuracy.py", "--self-test", "0", str(tmp_path / name)]),
+                        caption_accuracy.main())
+    run("good.png")
+    assert "| all | – | 1 / 1 (100.0%) | 1 / 1 (100.0%) |" in capsys.readouterr().out
+    for name, message in (("mute.png", 'no text chunk "caption"'), ("text.png", "not a readable picture"), ("none.png", "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            run(name)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
