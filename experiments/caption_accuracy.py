@@ -1,16 +1,16 @@
-"""How often do generated pictures show what their captions say? Measured by reading the scenes back from pixels.
+"""How often do generated pictures show what their captions say? Read from pixels, with no network involved.
 
-In:   picture files that carry their caption (PNG text chunk "caption"), or a folder of weights to generate from
-Out:  a Markdown table per attribute: right / said (percent), for captions of one thing, of two things, and all
+In:   picture files with their caption in the PNG text chunk "caption" (as sample.py saves them); without
+      files, --n pictures are generated from random captions
+Out:  on stdout, Markdown tables: right / said (percent) of each attribute, for captions of one thing, of two
+      things, and all. The first is the reader's own: scored on true renderings, it shows what it gets wrong
 
-The reader knows how the world of shapes is drawn and nothing of CLIP, so it can't share the models' mistakes.
-It explains a picture as background + a · colour + s · lightening, where a is how much of each pixel the thing
-covers and s how much of it a light stripe does: for each shape it looks for the position, radius and tilt that
-leave least unexplained. Its own errors are measured first, on true renderings of scenes that say everything.
+The reader explains a picture as background + a · colour + s · lightening: a is the share of each pixel that a
+thing covers, s the share that its light stripes cover. For every shape it looks for the position, radius and
+tilt that leave least unexplained, then for the colour.
 
-    python experiments/caption_accuracy.py                              # only the reader's own errors
-    python experiments/caption_accuracy.py --weights runs/shapes        # generate 200 captions and score them
-    python experiments/caption_accuracy.py samples/*.png                # score pictures that are already there
+    python experiments/caption_accuracy.py --weights runs/shapes
+    python experiments/caption_accuracy.py samples/*.png
 """
 
 import argparse
@@ -25,131 +25,304 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from train import (BACKGROUNDS, COLOURS, FILLS, RELATIONS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
+from train import (BACKGROUNDS, COLOURS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
                    random_scene, render, what_to_say)
 
-SIDE = 64  # every picture is read at this size
-CONTRAST = 36  # how far a thing is from its background, at the least (RGB distance; the nearest pair is 59 apart)
-UNIT = 46
-SPECK = 14  # pixels; the least small thing has 41
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
+SIDE = 64  # pictures are read at this size
+CONTRAST = 36  # RGB distance from the background that every pixel of a thing has; the clearest has twice as much
+SPECK = 20  # pixels; a smaller component is no thing (the least small star covers 41)
+UNEXPLAINED = 0.2  # share of the squared contrast; true things leave less than 0.15, however noisy or blurred
+BLURS = (0.3, 0.5, 0.9)  # sigmas in pixels; 0.3 is the averaging over a pixel that every picture has
+TEMPLATE, UNIT = 128, 46  # a template's side, and the thing's radius in it, in the template's pixels
 
 # ----------------------------------------------------------------------------- pixels into scenes
 
 
 def fit_background(pixels):
-    """The background's name, its colour at each pixel (64, 64, 3) and its shade, of pixels (64, 64, 3)."""
+    """The background of pixels (64, 64, 3): its name, its colour at each pixel (64, 64, 3), and its shade."""
     middle = np.median(pixels, axis=(0, 1))  # things cover less than half of a picture
-    gains = np.linspace(0.9, 1.0, 11)[:, None]
+    gains = np.linspace(0.9, 1, 11)[:, None]
     name = min(BACKGROUNDS, key=lambda b: np.linalg.norm(middle - gains * BACKGROUNDS[b], axis=1).min())
     y, x = np.mgrid[:SIDE, :SIDE] / (SIDE - 1)
     basis = np.stack([np.ones_like(x), x, y], -1)
     plane = np.broadcast_to(middle, pixels.shape)
-    for _ in range(3):  # a plane through what is near the plane found before
+    for _ in range(3):  # a plane through the pixels near the plane before: things stay out
         near = np.linalg.norm(pixels - plane, axis=-1) < CONTRAST
-        if near.sum() < SIDE:
-            break
-        slopes = np.linalg.lstsq(basis[near], pixels[near], rcond=None)[0]
-        plane = basis @ slopes
+        plane = basis @ np.linalg.lstsq(basis[near], pixels[near], rcond=None)[0]
     top, bottom = plane[0].mean(), plane[-1].mean()
     return name, plane, (top - bottom) / max(top, bottom, 1)
 
 
 def components(mask):
-    """Labels (64, 64) of a mask's 4-connected components: 0 outside, the same number throughout each."""
-    labels = np.pad(np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), 1)
-    inner = labels[1:-1, 1:-1]
-    while True:  # the largest label floods its component
-        flooded = np.maximum.reduce([inner, labels[:-2, 1:-1], labels[2:, 1:-1], labels[1:-1, :-2], labels[1:-1, 2:]]) * mask
-        if (flooded == inner).all():
+    """Labels (64, 64) of the 4-connected components of a mask: 0 outside, one number in each."""
+    labels = np.pad(np.where(mask, 1 + np.arange(mask.size).reshape(mask.shape), 0), 1)
+    inside, sides = labels[1:-1, 1:-1], (labels[:-2, 1:-1], labels[2:, 1:-1], labels[1:-1, :-2], labels[1:-1, 2:])
+    while True:  # the largest number floods its component
+        flooded = np.maximum.reduce([inside, *sides]) * mask
+        if (flooded == inside).all():
             return flooded
-        inner[:] = flooded
+        inside[:] = flooded
 
 
-@lru_cache
+@lru_cache(maxsize=None)
 def template(shape, blur):
-    """Share of a point's surroundings that the thing and its light stripes cover: (2, 2 · 64, 2 · 64), UNIT px a radius.
+    """What a shape and its light stripes cover: (2, TEMPLATE, TEMPLATE), blurred by a sigma of `blur` of its pixels.
 
-    Taken from render itself and blurred by a Gaussian of `blur` template pixels.
+    Taken from what render draws, so that the reader knows of no other world.
     """
     def draw(fill):
-        scene = Scene((Thing(shape, "black", "large", fill, radius=UNIT / 128),), None, "white", 0.0)
-        return np.asarray(render(scene, 128).convert("L").filter(ImageFilter.GaussianBlur(blur)), np.float32)
+        scene = Scene((Thing(shape, "black", "large", fill, radius=UNIT / TEMPLATE),), None, "white", 0.0)
+        picture = render(scene, TEMPLATE).convert("L").filter(ImageFilter.GaussianBlur(blur))
+        return np.asarray(picture, np.float32)
 
     solid, striped = draw("solid"), draw("striped")
-    return np.stack([(250 - solid) / 225, (striped - solid) / 80])
+    return np.stack([(250 - solid) / (250 - 25), (striped - solid) / (0.35 * (255 - 25))])
 
 
 def cover(shape, poses, blur, xy):
-    """What the thing and its light stripes cover of the pixels at xy (P, 2), for poses (K, 4): twice (K, P).
+    """What a shape and its light stripes cover of the pixels at xy (P, 2): a, s (K, P) for poses (K, 4).
 
-    A pose is x, y and radius in pixels, and the tilt in radians; blur is a Gaussian's sigma in pixels.
+    A pose is x, y and radius in pixels, and tilt in radians; blur is a sigma in pixels.
     """
     x, y, radius, tilt = poses.T[:, :, None]
     dx, dy = (xy[:, 0] - x) * (UNIT / radius), (xy[:, 1] - y) * (UNIT / radius)
     column, row = np.cos(tilt) * dx + np.sin(tilt) * dy, np.cos(tilt) * dy - np.sin(tilt) * dx
-    row, column = ((v + 64).astype(np.int32).clip(0, 127) for v in (row, column))
+    row, column = ((v + TEMPLATE / 2).astype(np.int32).clip(0, TEMPLATE - 1) for v in (row, column))
     return template(shape, max(1, round(blur * UNIT / float(np.median(radius)))))[:, row, column]
 
 
-def best_pose(shape, poses, blur, xy, difference):
-    """The pose that leaves least of difference (P, 3) when it is written as a · u + s · v: (error, shape, pose, blur)."""
+def best_pose(shape, poses, blur, xy, contrast):
+    """Of poses (K, 4), the one where a · u + s · v, with any colours u and v, comes nearest to contrast (P, 3).
+
+    Returns (squared error, blur, shape, pose): the least of several is the best.
+    """
     a, s = cover(shape, poses, blur, xy)
-    aa, ss, both = (a * a).sum(1)[:, None] + 1e-3, (s * s).sum(1)[:, None] + 1, (a * s).sum(1)[:, None]
-    aq, sq = a @ difference, s @ difference  # the normal equations of two unknowns, solved for each channel
-    explained = (ss * aq ** 2 - 2 * both * aq * sq + aa * sq ** 2) / (aa * ss - both ** 2)
-    error = (difference ** 2).sum() - explained.sum(1)
-    return error.min(), shape, poses[error.argmin()], blur
+    aa, ss, both = ((p * q).sum(1)[:, None] for p, q in ((a, a), (s, s), (a, s)))
+    aq, sq = a @ contrast, s @ contrast  # two unknowns a channel: the normal equations, solved by hand
+    explained = ((ss + 1) * aq ** 2 - 2 * both * aq * sq + aa * sq ** 2) / (aa * (ss + 1) - both ** 2 + 1e-3)
+    error = (contrast ** 2).sum() - explained.sum(1)
+    return float(error.min()), blur, shape, poses[error.argmin()]
 
 
-def fit_thing(mask, difference, plane):
-    """The Thing that explains best how the pixels (64, 64, 3) of a component differ from the background, and its colour."""
+def fit_thing(mask, contrast, plane):
+    """The Thing that explains best how pixels differ from the background, contrast (64, 64, 3), around a mask.
+
+    Its shape is None where no shape explains them. Colours are free while the pose is sought, so that one a
+    little off costs no shape; then the thing is compared with what it would look like in each colour.
+    """
     rows, columns = np.nonzero(mask)
     patch = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
-    xy = np.stack([grid[patch].ravel() + 0.5 for grid in np.mgrid[:SIDE, :SIDE][::-1]], -1).astype(np.float32)
-    difference = difference[patch].reshape(-1, 3)
+    xy = np.stack([v[patch].ravel() + 0.5 for v in np.mgrid[:SIDE, :SIDE][::-1]], -1).astype(np.float32)
+    contrast, background = contrast[patch].reshape(-1, 3), plane[mask].mean(0)
 
     fits = []
     for shape in SHAPES:
         area = template(shape, 1)[0]
         radius = UNIT * np.sqrt(mask.sum() / area.sum())
-        low = ((np.arange(128) - 63.5) @ area.sum(1)) / area.sum() / UNIT * radius
-        poses = [(columns.mean() + 0.5, rows.mean() + 0.5 - low, radius * scale, np.deg2rad(tilt))
-                 for scale, tilt in product((0.92, 1, 1.08), (-15, -9, -3, 3, 9, 15))]
-        fits.append(best_pose(shape, np.array(poses, np.float32), 0.3, xy, difference))
+        low = (np.arange(TEMPLATE) + 0.5 - TEMPLATE / 2) @ area.sum(1) / area.sum() * radius / UNIT  # of the centroid
+        poses = np.array([(columns.mean() + 0.5, rows.mean() + 0.5 - low, radius * scale, np.deg2rad(tilt))
+                          for scale, tilt in product((0.92, 1, 1.08), (-15, -9, -3, 3, 9, 15))], np.float32)
+        fits.append(min(best_pose(shape, poses, blur, xy, contrast) for blur in BLURS))
+    around = np.array(list(product((-1, 0, 1), repeat=4)), np.float32) * np.float32([0.6, 0.6, 0.5, 0.06])
     for keep, step in ((3, 1), (2, 0.5), (1, 0.25)):
-        fits = sorted(fits, key=lambda fit: fit[0])[:keep]
-        if step == 1:
-            fits=[min((best_pose(shape, pose[None], b, xy, difference) for b in (0.3, 0.5, 0.9)), key=lambda f:f[0]) for _, shape, pose, *_ in fits]
-        around = np.array(list(product((-1, 0, 1), repeat=4)), np.float32) * (0.6 * step, 0.6 * step, 0.5 * step, 0.06 * step)
-        fits = [best_pose(shape, (pose + around).astype(np.float32), blur, xy, difference) for _, shape, pose, blur in fits]
-        if keep==2: second=sorted(fits, key=lambda fit: fit[0])[1][0]
-    error, shape, pose, blur = fits[0]
-    a, s = cover(shape, pose[None], blur, xy)
-    a, s = a[0, :, None], s[0, :, None]
-    bg=plane[mask].mean(0)
-    def miss(c, f):
-        c=np.array(COLOURS[c]); return ((difference - a*(c-bg) - s*f*.35*(255-c))**2).sum()
-    colour=min(COLOURS, key=lambda c: min(miss(c,0),miss(c,1)))
-    u, v = np.linalg.lstsq(np.concatenate([a, s], 1), difference, rcond=None)[0]
-    light = 0.35 * (255 - np.array(COLOURS[colour]))
-    share = v @ light / (light @ light)
-    x, y, radius, tilt = pose
-    q=(difference**2).sum()
-    return (Thing(shape, colour, "large" if radius / SIDE > 0.14 else "small", FILLS[int(share > 0.4)],
-           x / SIDE, y / SIDE, radius / SIDE, np.rad2deg(tilt)), share, error / q, np.linalg.norm(u + bg - COLOURS[colour]), blur, second/q)
+        fits = sorted(best_pose(shape, pose + step * around, blur, xy, contrast)
+                      for _, blur, shape, pose in sorted(fits)[:keep])
+    error, blur, shape, pose = fits[0]
+
+    a, s = cover(shape, pose[None], blur, xy)[:, 0, :, None]
+    lightening = {c: 0.35 * (255 - np.array(COLOURS[c])) for c in COLOURS}
+    misses = {(c, fill): ((contrast - a * (np.array(COLOURS[c]) - background) - s * fill * lightening[c]) ** 2).sum()
+              for c in COLOURS for fill in (0, 1)}
+    colour = min(misses, key=misses.get)[0]
+    light = np.linalg.lstsq(np.concatenate([a, s], 1), contrast, rcond=None)[0][1]
+    stripes = light @ lightening[colour] / (lightening[colour] ** 2).sum()  # 0 where solid, 1 where striped
+    x, y, radius = (pose[:3] / SIDE).tolist()
+    size = "small" if radius < (SIZES["small"][1] + SIZES["large"][0]) / 2 else "large"
+    return Thing(shape if error < UNEXPLAINED * (contrast ** 2).sum() else None, colour, size,
+                 "striped" if stripes > 0.45 else "solid", x, y, radius, np.rad2deg(pose[3]).item())
+
+
+def relation_of(first, second):
+    """How the first of two things stands to the second: the relation along the axis that separates them more."""
+    dx, dy = second.x - first.x, second.y - first.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
 
 
 def read_scene(picture):
-    pixels = np.asarray(Image.fromarray(np.asarray(picture)).resize((SIDE, SIDE), Image.BOX), np.float32)
+    """The Scene that a picture shows: a Pillow RGB image or uint8 (H, H, 3), at least 64 pixels a side.
+
+    Things come from left to right, as many as there are, with the relation of the first to the second where
+    there are two; a thing like none of the shapes has shape None. Raises UserError for any other array.
+    """
+    pixels = np.asarray(picture)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), len(pixels), 3) or len(pixels) < SIDE:
+        raise UserError(f"a picture must be uint8 (H, H, 3), H at least {SIDE}, not {pixels.dtype} {pixels.shape}")
+    pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.BOX), np.float32)
     background, plane, shade = fit_background(pixels)
-    difference = (pixels - plane).astype(np.float32)
-    contrast = np.linalg.norm(difference, axis=-1)
-    labels = components(contrast > CONTRAST)
+    contrast = (pixels - plane).astype(np.float32)
+    distance = np.linalg.norm(contrast, axis=-1)
+    labels = components(distance > CONTRAST)
     things = []
     for label, area in zip(*np.unique(labels[labels > 0], return_counts=True)):
         mask = labels == label
-        if area >= SPECK and contrast[mask].max() > 2 * CONTRAST:
-            things.append(fit_thing(mask, difference * ((labels == 0) | mask)[..., None], plane))
-    return background, things
+        if area >= SPECK and distance[mask].max() > 2 * CONTRAST:
+            things.append(fit_thing(mask, contrast * ((labels == 0) | mask)[..., None], plane))
+    things.sort(key=lambda t: t.x)
+    return Scene(tuple(things), relation_of(*things) if len(things) == 2 else None, background, shade)
+
+# ----------------------------------------------------------------------------- captions into scenes
+
+
+def parse_caption(caption):
+    """What a caption says, as a Scene in the caption's order where None stands for what it doesn't say.
+
+    Words that the world doesn't know are passed over. Raises UserError where no shape is named.
+    """
+    words = re.findall("[a-z]+", caption.lower().replace("grey", "gray"))
+    kind = {value: attribute for attribute, values in VALUES.items() for value in values}
+    things, ends, said = [], [], {}
+    for k, word in enumerate(words):
+        if word in kind:
+            said[kind[word]] = word
+        if word in SHAPES:
+            things.append(Thing(**{attribute: said.get(attribute) for attribute in VALUES}))
+            ends.append(k)
+        if word in (*SHAPES, "a", "an", "the"):  # the next thing's words begin
+            said = {}
+    if not things:
+        raise UserError(f'caption "{caption}": names none of the shapes {", ".join(SHAPES)}')
+    said_of_it = rf"\b(?:on|with|against) (?:an? |the )?({'|'.join(BACKGROUNDS)})\b(?! (?:{'|'.join(kind)})\b)"
+    background = re.search(said_of_it, " ".join(words))
+    between = " ".join(words[ends[0]:ends[1]]) if len(things) == 2 else ""
+    relation = next((r for r, wordings in WORDINGS.items() if re.search(rf"\b({'|'.join(wordings)})\b", between)), None)
+    return Scene(tuple(things), relation, background and background[1], 0.0)
+
+# ----------------------------------------------------------------------------- scores
+
+
+def score(picture, caption):
+    """Which of the attributes that a caption says a picture shows: {attribute: bool}, only those that are said.
+
+    The things found are matched with those said so that most is right, shapes first. "bound" is every shape and
+    said colour on the right thing, "all" everything at once. Raises what read_scene and parse_caption raise.
+    """
+    said, found = parse_caption(caption), read_scene(picture)
+    missing = (None,) * (len(said.things) - len(found.things))
+
+    def verdicts(matched):
+        right = {}
+        for attribute in VALUES:
+            pairs = [(getattr(s, attribute), getattr(f, attribute, None)) for s, f in zip(said.things, matched)]
+            right[attribute] = [s == f for s, f in pairs if s]
+        right["relation"] = [None not in matched and relation_of(*matched) == said.relation] if said.relation else []
+        return right
+
+    right = max(map(verdicts, permutations(found.things + missing, len(said.things))),
+                key=lambda right: (sum(map(sum, right.values())), sum(right["shape"])))
+    result = {"count": len(found.things) == len(said.things)}
+    result |= {attribute: all(each) for attribute, each in right.items() if each}
+    if said.background:
+        result["background"] = found.background == said.background
+    result["bound"] = result["shape"] and result.get("colour", True)
+    return result | {"all": all(result.values())}
+
+
+def table(scores):
+    """A Markdown table, right / said (percent) of each attribute, of a list of (caption, score of its picture)."""
+    counts = [len(parse_caption(caption).things) for caption, _ in scores]
+    lines = ["| | one thing | two things | all |", "|---|---|---|---|"]
+    for attribute in ATTRIBUTES:
+        cells = []
+        for group in ((1,), (2,), set(counts)):
+            right = [s[attribute] for n, (_, s) in zip(counts, scores) if n in group and attribute in s]
+            cells.append(f"{sum(right)} / {len(right)} ({np.mean(right):.1%})" if right else "–")
+        lines.append(f"| {' | '.join([attribute, *cells])} |")
+    return "\n".join(lines)
+
+
+def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
+    """(caption, score) of n true renderings, changed by `change`, against captions that say everything of them."""
+    scores = []
+    for k in tqdm(range(n), "self-test", disable=not bar):
+        rng = np.random.default_rng([seed, k])
+        scene = random_scene(rng, held_out=k % 8 == 0)
+        said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
+        caption = describe(scene, said, rng)
+        scores.append((caption, score(change(render(scene, size)), caption)))
+    return scores
+
+
+def generated(args):
+    """(caption, score) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
+    stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
+    options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_"))}
+    captions, scores = [], []
+    for k in range(args.n):
+        rng = np.random.default_rng([args.seed, k])
+        scene = random_scene(rng, args.things, args.held_out)
+        captions.append(describe(scene, what_to_say(scene, rng), rng))
+    with tqdm(total=args.n, desc="pictures") as bar:
+        for k in range(0, args.n, sample.BATCH[64]):
+            some = captions[k:k + sample.BATCH[64]]
+            for caption, image in zip(some, sample.generate(stack, some, args.seed + k, args.size, **options)):
+                scores.append((caption, score(sample.to_picture(image), caption)))
+                bar.update()
+    return scores
+
+
+def read_file(path):
+    """(caption, score) of a picture file. Raises UserError where it is no picture or has no caption."""
+    try:
+        with Image.open(path) as file:
+            picture, caption = file.convert("RGB"), file.info.get("caption")
+        if caption is None:
+            raise UserError('has no text chunk "caption" (sample.py writes one)')
+        return caption, score(picture, caption)
+    except (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Score pictures against their captions, attribute by attribute, by reading them back from pixels. "
+        "The reader is first scored on true renderings, so that its own errors are known.")
+    add = parser.add_argument
+    add("pictures", nargs="*", type=Path, metavar="PICTURE",
+        help='files to score, with their caption in the text chunk "caption" (default: generate pictures)')
+    add("--self-test", type=int, default=1000, metavar="N", help="true renderings to score first (default 1000)")
+    add("--n", type=int, default=200, help="pictures to generate (default 200; 0: only the self-test)")
+    add("--seed", type=int, default=0, help="picture k: caption from (seed, k), noise from seed + k (default 0)")
+    add("--size", type=int, default=64, choices=sample.SIZES, help="pixels a side (default 64)")
+    add("--things", type=int, choices=(1, 2), help="only captions of so many things")
+    add("--held-out", action="store_true", help="only scenes with a colour-shape pair that training never shows")
+    add("--weights", type=Path, default=sample.SHIPPED, metavar="DIR",
+        help="folder of checkpoints (default: the shipped shapes models)")
+    for stage in ("prior", "decoder"):
+        add(f"--{stage}-guidance", type=float, default=argparse.SUPPRESS, help="as in sample.py")
+        add(f"--{stage}-steps", type=int, default=argparse.SUPPRESS, help="as in sample.py")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors():
+        for name, low, high in (("self_test", 0, 1e6), ("n", 0, 1e6), ("seed", 0, 1 << 48), ("prior_guidance", 0, 100),
+                                ("prior_steps", 1, 1000), ("decoder_guidance", 0, 100), ("decoder_steps", 1, 990)):
+            if not low <= getattr(args, name, low) <= high:
+                option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise UserError(f"{option}: must be between {low} and {high:.0f}")
+        if args.self_test:
+            scores = self_test(args.self_test, args.seed, args.size, bar=True)
+            print(f"The reader, on {len(scores)} true renderings:\n\n{table(scores)}\n", flush=True)
+        if args.pictures:
+            scores = [read_file(path) for path in tqdm(args.pictures)]
+            print(f"{len(scores)} pictures:\n\n{table(scores)}")
+        elif args.n:
+            scores = generated(args)
+            print(f"{len(scores)} generated pictures:\n\n{table(scores)}")
+
+
+if __name__ == "__main__":
+    main()
