@@ -342,17 +342,18 @@ def contrastive_loss(z_i, z_t, logit_scale):
 
 
 def encode_captions(clip, tokenizer, captions):
-    """What prior and decoder read of captions: {"tokens", "states", "z_t", "mask"}, cut to the longest caption.
+    """What prior and decoder read of B captions, and of the empty one: (text, null), both {"tokens", "states", "z_t", "mask"}.
 
-    tokens (B, L), states (B, L, text_width), z_t (B, d), mask (B, L) True on real tokens. The empty
-    caption is the null condition of every stage.
+    tokens (B, L), states (B, L, text_width), z_t (B, d), mask (B, L) True on real tokens, L the longest caption's length;
+    null has one row. The empty caption is the null condition of every stage.
     """
-    tokens = tokenizer(captions).to(clip.logit_scale.device)
+    tokens = tokenizer([*captions, ""]).to(clip.logit_scale.device)
     mask = tokenizer.mask(tokens)
     longest = int(mask.sum(1).max())
     tokens, mask = tokens[:, :longest], mask[:, :longest]
     states, z_t = clip.encode_text(tokens)
-    return {"tokens": tokens, "states": states.float(), "z_t": z_t, "mask": mask}
+    text = {"tokens": tokens, "states": states.float(), "z_t": z_t, "mask": mask}
+    return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -475,7 +476,7 @@ def main():
             raise UserError("give at least one picture and one caption, as in: picture.png \"a red circle\" \"a blue star\"")
         clip, tokenizer = load_clip(args.clip)
         clip.to(device)
-        z_t = encode_captions(clip, tokenizer, captions)["z_t"]
+        z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:
             z_i = clip.encode_image(preprocess(open_picture(path), clip.config.image_size)[None].to(device))
             cosine = (z_i @ z_t.T)[0]

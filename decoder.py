@@ -454,8 +454,7 @@ def main():
         x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         clip.to(device)
         z_i = clip.encode_image(ce.preprocess(picture, clip.config.image_size)[None].to(device))
-        text = ce.encode_captions(clip, tokenizer, [args.caption, ""])
-        text, null = {k: v[:1] for k, v in text.items()}, {k: v[1:] for k, v in text.items()}
+        text, null = ce.encode_captions(clip, tokenizer, [args.caption])
         x_T = invert(model, x_0, z_i, text, args.steps, bar=True)
         again = sample(model, z_i, text, null, None, 1, args.steps, eta=0, x_T=x_T, clamp=False, bar=True)
         generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]

@@ -230,8 +230,7 @@ def main():
         model = ce.load_model(DiffusionPrior, PriorConfig, ce.read_checkpoint(args.weights / "prior.pt", "prior"), args.weights / "prior.pt")
         clip, model = clip.to(device), model.to(device)
         for caption in args.captions:
-            text = ce.encode_captions(clip, tokenizer, [caption] * args.n + [""])
-            text, null = {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+            text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
             generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
             z_i = sample(model, text, null, generators, args.guidance, args.steps, bar=True)
             cosine = z_i @ z_i.T

@@ -83,8 +83,7 @@ def generate(stack, captions, seed=0, size=64, prior_guidance=1.0, prior_steps=6
         return torch.cat(parts)
 
     def read(pictures):
-        text = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [captions[k] for k in pictures] + [""])
-        return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+        return clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [captions[k] for k in pictures])
 
     z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
         stack["prior"], *read(pictures), noise, prior_guidance, prior_steps, bar=bar))

@@ -321,7 +321,7 @@ RECIPES = {
 def clip_loss(model, batch, context):
     """The contrastive loss of a batch of (images, captions)."""
     images, captions = batch
-    text = encode_captions(model, context["tokenizer"], captions)
+    text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
     return clip_embed.contrastive_loss(z_i, text["z_t"], model.logit_scale)
 
@@ -329,7 +329,7 @@ def clip_loss(model, batch, context):
 def clip_picture(model, batch, context):
     """Eight pictures against their eight captions: the cosines as a grey square, the pictures along its side."""
     images, captions = batch[0][:8], batch[1][:8]
-    z_t = encode_captions(model, context["tokenizer"], captions)["z_t"]
+    z_t = encode_captions(model, context["tokenizer"], captions)[0]["z_t"]
     cosine = (model.encode_image(preprocess_tensor(images, model.config.image_size)) @ z_t.T).clamp(0, 1)
     sheet = Image.fromarray((cosine * 255).byte().cpu().numpy()).resize((512, 512), Image.Resampling.NEAREST).convert("RGB")
     canvas = Image.new("RGB", (576, 512))
@@ -339,39 +339,46 @@ def clip_picture(model, batch, context):
     return canvas
 
 
-def conditions(batch, context):
-    """What the frozen CLIP says of a batch (images, captions): z_i, the captions' text, the empty caption's text."""
-    clip = context["clip"]
-    with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
-        z_i = clip.encode_image(preprocess_tensor(batch[0], clip.config.image_size))
-        text = encode_captions(clip, context["tokenizer"], [*batch[1], ""])
-    return z_i, {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+@torch.no_grad()
+def read(captions, context):
+    """What the frozen CLIP says of captions: (text, null)."""
+    with torch.autocast(context["device"].type, enabled=False):
+        return encode_captions(context["clip"], context["tokenizer"], captions)
 
 
-def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions)."""
-    return decoder.decoder_loss(model, batch[0], *conditions(batch, context))
+@torch.no_grad()
+def look(images, context):
+    """What the frozen CLIP says of images in [-1, 1]: z_i."""
+    with torch.autocast(context["device"].type, enabled=False):
+        return context["clip"].encode_image(preprocess_tensor(images, context["clip"].config.image_size))
 
 
 def prior_loss(model, batch, context):
     """The prior's loss of a batch of (numbers of scenes, captions)."""
-    with torch.no_grad(), torch.autocast(batch[0].device.type, enabled=False):
-        text = encode_captions(context["clip"], context["tokenizer"], [*batch[1], ""])
-    return prior.prior_loss(model, context["z_i"][batch[0]], {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()})
+    return prior.prior_loss(model, context["z_i"][batch[0]], *read(batch[1], context))
 
 
 def prior_picture(model, batch, context):
-    """For eight captions, the pictures described above the fixed set's nearest neighbours of three z_i drawn by the prior."""
+    """Eight of the scenes captioned, and under each the scenes of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
-    text = encode_captions(context["clip"], context["tokenizer"], [*captions, ""])
-    null = {k: v[-1:] for k, v in text.items()}
     rows = [numbers]
     for n in range(3):
-        generators = [torch.Generator().manual_seed(8 * n + k) for k in range(len(captions))]
-        z_i = prior.sample(model, {k: v[:-1] for k, v in text.items()}, null, generators)
+        z_i = prior.sample(model, *read(captions, context), seeds(len(captions), 8 * n))
         rows.append((z_i @ context["z_i"].T).argmax(1).tolist())
     pictures = [to_tensor(render(fixed_scene(context["seed"], n), 64)).float() / 127.5 - 1 for row in rows for n in row]
     return grid(pictures, len(numbers))
+
+
+def decoder_loss(model, batch, context):
+    """The decoder's loss of a batch of (images, captions)."""
+    return decoder.decoder_loss(model, batch[0], look(batch[0], context), *read(batch[1], context))
+
+
+def decoder_picture(model, batch, context):
+    """Eight pictures above what the decoder makes of their z_i and captions."""
+    images, captions = batch[0][:8], batch[1][:8]
+    made = decoder.sample(model, look(images, context), *read(captions, context), seeds(len(images)), steps=25)
+    return grid([*images, *made], 8)
 
 
 def upsampler_loss(model, batch, context):
@@ -390,17 +397,9 @@ def upsampler_picture(model, batch, context):
     return grid(columns, 3)
 
 
-def decoder_picture(model, batch, context):
-    """Eight pictures above what the decoder makes of their z_i and captions."""
-    images, captions = batch[0][:8], batch[1][:8]
-    z_i, text, null = conditions((images, captions), context)
-    made = decoder.sample(model, z_i, text, null, seeds(len(images)), steps=25)
-    return grid([*images, *made], 8)
-
-
-def seeds(n):
-    """n generators, seeded 0 … n − 1."""
-    return [torch.Generator().manual_seed(k) for k in range(n)]
+def seeds(n, first=0):
+    """n generators, seeded first, first + 1, …"""
+    return [torch.Generator().manual_seed(first + k) for k in range(n)]
 
 
 # ----------------------------------------------------------------------------- the training loop
@@ -457,6 +456,7 @@ def train(stage, args, device):
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
     torch.manual_seed(args.seed)
     context, extra = prepare(args, device)
+    context |= {"device": device, "seed": args.seed}
     config = context["config"]
     model = build(config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -522,42 +522,45 @@ def attention_kernel(device, low):
     return contextlib.nullcontext()
 
 
+# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
+
 def prepare_clip(args, device):
-    """The tokenizer, its merges learned from the world's captions, and the config that fits it."""
+    """The tokenizer, its merges learned from the world's captions, and a config that fits it."""
     tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(corpus()))
     config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
     return {"tokenizer": tokenizer, "config": config}, {"merges": [" ".join(m) for m in tokenizer.merges]}
 
 
-def prepare_decoder(args, device):
-    """The frozen CLIP of this run, and a config that fits it."""
+def frozen_clip(args, device):
+    """The CLIP that was trained in the same folder."""
     clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
-    c = clip.config
-    config = replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width, vocab_size=c.vocab_size)
-    return {"clip": clip.to(device), "tokenizer": tokenizer, "config": config}, {"clip": clip_embed.fingerprint(clip)}
+    return {"clip": clip.to(device), "tokenizer": tokenizer}, {"clip": clip_embed.fingerprint(clip)}
 
 
 def prepare_prior(args, device):
-    """The frozen CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what it depends on."""
-    clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
-    c, mark = clip.config, clip_embed.fingerprint(clip)
-    clip.to(device)
-    cache = args.out / f"z_i-{mark}-{args.seed}.pt"
-    if cache.exists():
-        z_i = torch.load(cache, weights_only=True)
-    else:
+    """CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what they depend on."""
+    context, extra = frozen_clip(args, device)
+    c = context["clip"].config
+    cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
+    if not cache.exists():
         loader = DataLoader(FixedPictures(args.seed), batch_size=256, num_workers=args.workers)
-        with torch.no_grad():
-            z_i = torch.cat([clip.encode_image(preprocess_tensor(images.to(device).float() / 127.5 - 1, c.image_size)).cpu()
-                             for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")])
-        save_atomically(z_i, cache)
-    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
-    return {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i.to(device), "seed": args.seed}, {"clip": mark}
+        save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context | {"device": device}).cpu()
+                                   for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")]), cache)
+    z_i = torch.load(cache, weights_only=True).to(device)
+    return context | {"z_i": z_i, "config": replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)}, extra
+
+
+def prepare_decoder(args, device):
+    """CLIP, and a config that fits it."""
+    context, extra = frozen_clip(args, device)
+    c = context["clip"].config
+    return context | {"config": replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width,
+                                        vocab_size=c.vocab_size)}, extra
 
 
 def prepare_upsampler(args, device, size):
-    """The upsampler's config; it needs nothing else."""
-    return {"config": upsample.PRESETS[args.preset][size], "seed": args.seed}, {}
+    """An upsampler needs nothing else."""
+    return {"config": upsample.PRESETS[args.preset][size]}, {}
 
 
 def to_device(batch, device):
