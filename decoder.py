@@ -13,7 +13,8 @@ pair (z_i, x_T) is the picture's whole code (§3).
 
 Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead, but then a
 caption's picture would depend on the longest caption beside it); z_i enters times √d, so that its coordinates
-are of order 1; `patch_size` folds pixels into channels, which a laptop's CPU thanks us for (1 in the paper).
+are of order 1; `patch_size` folds pixels into channels, which a laptop's CPU thanks us for (1 in the paper); the `shapes`
+preset's network puts out a velocity, from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_step).
 
     python decoder.py picture.png            # picture → z_i and x_T → picture again, and three variations
 """
@@ -75,7 +76,7 @@ def cosine_schedule(T=1000):
 
 def at(values, t, x):
     """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
@@ -124,12 +125,9 @@ def eps_from_velocity(x_t, velocity, alpha_t):
     return alpha_t.sqrt() * velocity + (1 - alpha_t).sqrt() * x_t
 
 
-def learned_log_variance(v, alpha_t, alpha_s, floor):
-    """log Σ = v log β + (1 − v) log β̃, v in [0, 1] (Improved DDPM eq. 15).
-
-    At the last step, to the picture itself, β̃ is 0; `floor` takes its place, as in Improved DDPM's code.
-    """
-    return v * torch.log(1 - alpha_t / alpha_s) + (1 - v) * torch.log(posterior(alpha_t, alpha_s)[2].clamp(min=floor))
+def learned_log_variance(v, beta, beta_tilde):
+    """log Σ = v log β + (1 − v) log β̃, v in [0, 1] (Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
+    return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
@@ -150,16 +148,18 @@ def discretized_log_likelihood(x, mean, log_variance):
 def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     """The t-th term of the variational bound in bits per dimension, (B,): a KL, or at t = 0 the likelihood (DDPM eq. 5).
 
-    eps and v are the network's; x̂_0 is clamped as it will be in sampling.
+    eps and v are the network's; x̂_0 is clamped as it will be in sampling. At t = 0, where β̃ is 0, the next smallest β̃
+    takes its place, as in Improved DDPM's code.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    floor = float(posterior(alphas_cumprod[1], alphas_cumprod[0])[2])
-    alpha_t, alpha_s = (values.to(t.device)[t].view(-1, 1, 1, 1) for values in (alphas_cumprod, before))  # float64
-    from_x_0, from_x_t, variance = (c.float() for c in posterior(alpha_t, alpha_s))
-    log_variance = learned_log_variance(v, alpha_t.float(), alpha_s.float(), floor)
-    estimate = ((x_t - (1 - alpha_t).sqrt() * eps) / alpha_t.sqrt()).float().clamp(-1, 1)
+    from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
+    beta, beta_tilde = 1 - alphas_cumprod / before, beta_tilde.clamp(min=float(beta_tilde[1]))
+    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (
+        at(c, t, x_0) for c in (from_x_0, from_x_t, beta, beta_tilde, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
+    log_variance = learned_log_variance(v, beta, beta_tilde)
+    estimate = ((x_t - noise * eps) / signal).clamp(-1, 1)
     true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
-    kl = normal_kl(true_mean, torch.log(variance.clamp(min=floor)), mean, log_variance)
+    kl = normal_kl(true_mean, torch.log(beta_tilde), mean, log_variance)
     nll = -discretized_log_likelihood(x_0, mean, log_variance)
     return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
@@ -398,8 +398,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta
         if not n:
             return x_0.clamp(-1, 1)
         if eta is None:
-            from_x_0, from_x_t, variance = (float(c) for c in posterior(alpha_t, alpha_s))
-            deviation = torch.exp(0.5 * learned_log_variance(v, alpha_t, alpha_s, variance))
+            from_x_0, from_x_t, beta_tilde = (float(c) for c in posterior(alpha_t, alpha_s))
+            deviation = torch.exp(0.5 * learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde)))
             x = from_x_0 * x_0 + from_x_t * x
         else:
             deviation = eta * float(posterior(alpha_t, alpha_s)[2].sqrt())

@@ -61,7 +61,7 @@ def cosine_schedule(T=1000):
 
 def at(values, t, x):
     """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):

@@ -10,7 +10,8 @@ stage before gets wrong, the condition is damaged in training: a Gaussian blur f
 resizing, noise and JPEG for the second. Sampling is DDIM, 27 and 15 steps; cosine and linear schedule.
 
 Where the paper is silent, ours: the condition is blurred in half of the crops, so that sharp ones are known too
-(as in cascaded diffusion models); `patch_size` folds pixels into channels, so that a laptop reaches 1024 (1 in the paper).
+(as in cascaded diffusion models); `patch_size` folds pixels into channels, so that a laptop reaches 1024 (1 in the paper);
+the `shapes` presets' networks put out what the enlarged picture lacks, from which ε follows (eps_from_residual).
 
     python upsample.py picture.png --size 1024
 """
@@ -82,7 +83,7 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 
 def at(values, t, x):
     """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):

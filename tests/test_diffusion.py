@@ -71,7 +71,8 @@ def test_posterior_matches_bayes_rule_on_a_grid(t, s):
 
 def test_learned_variance_runs_from_beta_tilde_to_beta_of_the_stride():
     a_t, a_s = ALPHAS[600], ALPHAS[500]
-    ends = [float(decoder.learned_log_variance(torch.tensor(v), a_t, a_s, 0.0).exp()) for v in (0.0, 1.0)]
+    beta, beta_tilde = 1 - a_t / a_s, decoder.posterior(a_t, a_s)[2]
+    ends = [float(decoder.learned_log_variance(torch.tensor(v), beta, beta_tilde).exp()) for v in (0.0, 1.0)]
     assert ends[0] == pytest.approx(float((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)), rel=1e-5)
     assert ends[1] == pytest.approx(float(1 - a_t / a_s), rel=1e-5)
 

@@ -1,0 +1,45 @@
+"""The shipped weights: their size, that they load, and (slow) how fast, how lean and how right they are."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sample
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu"]
+
+
+def test_shipped_weights_fit_together_and_in_40_megabytes():
+    stack = sample.load_stack(sample.SHIPPED, "cpu", 1024)
+    assert set(stack) == {"clip", "tokenizer", "prior", "decoder", "upsample-256", "upsample-1024"}
+    assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
+
+
+def run_for(arguments):
+    """(paths printed, seconds, peak memory in bytes) of sample.py run as a user runs it, in a process of its own."""
+    began = time.perf_counter()
+    process = subprocess.Popen([*SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return [Path(line) for line in out.splitlines()], time.perf_counter() - began, usage.ru_maxrss * 1024  # Linux counts KiB
+
+
+@pytest.mark.slow
+def test_a_caption_becomes_1024_pixels_in_a_minute_and_2_gigabytes(tmp_path):
+    paths, seconds, peak = run_for(["a large red circle above a small blue star", "--out", str(tmp_path)])
+    print(f"{seconds:.1f} s, {peak / 1e9:.2f} GB")
+    assert Image.open(paths[0]).size == (1024, 1024) and seconds < 60 and peak < 2e9
+
+
+@pytest.mark.slow
+def test_16_captions_at_64_pixels_in_45_seconds(tmp_path):
+    paths, seconds, _ = run_for(["a striped heart left of a cross"] * 16 + ["--size", "64", "--out", str(tmp_path)])
+    print(f"{seconds:.1f} s")
+    assert len(paths) == 16 and seconds < 45
