@@ -157,9 +157,9 @@ def main():
     parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
     parser.add_argument("--size", type=int, default=1024, choices=SIZES, help="pixels a side (default 1024)")
-    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (the paper: of little use in the prior, §5.5)")
+    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (the paper found it to hurt in the prior)")
     parser.add_argument("--prior-steps", type=int, default=64, help="default 64, as in the paper")
-    parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper's pictures for table 2: 1.25)")
+    parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
     parser.add_argument("--eta", type=float, help="sample the decoder by DDIM with this η (default: ancestral, learned variance, as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"), help="default 27 15, as in the paper")
@@ -181,14 +181,17 @@ def main():
         stack = load_stack(args.weights, pick_device(args.device), args.size)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta", "upsample_steps")}
-        seconds = {}
-        images = generate(stack, captions, args.seed, args.size, **options, bar=True, seconds=seconds)
         settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in options.items())
-        for k, (caption, image) in enumerate(zip(captions, images)):
-            print(save_png(to_picture(image), args.out, caption, caption=caption, seed=args.seed + k, settings=settings), flush=True)
+        seconds, sheet = {}, []
+        for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins
+            some = captions[first:first + BATCH[64]]
+            images = generate(stack, some, args.seed + first, args.size, **options, bar=True, seconds=seconds)
+            for k, (caption, image) in enumerate(zip(some, images), args.seed + first):
+                print(save_png(to_picture(image), args.out, caption, caption=caption, seed=k, settings=settings), flush=True)
+            sheet += images if args.grid else []
         if args.grid:
-            columns = args.n if args.n > 1 else math.ceil(len(images) ** 0.5)
-            print(save_png(grid(images, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed, settings=settings))
+            columns = args.n if args.n > 1 else math.ceil(len(sheet) ** 0.5)
+            print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed, settings=settings))
         print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()), file=sys.stderr)
 
 
