@@ -96,7 +96,9 @@ def posterior(alpha_t, alpha_s):
     chain is the chain whose β are recomputed from the ᾱ it keeps (Improved DDPM §4).
     """
     beta = 1 - alpha_t / alpha_s
-    return alpha_s ** 0.5 * beta / (1 - alpha_t), (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t), beta * (1 - alpha_s) / (1 - alpha_t)
+    from_x_0 = alpha_s ** 0.5 * beta / (1 - alpha_t)
+    from_x_t = (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
+    return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
 def ladder(steps, top):
@@ -399,7 +401,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta
             return x_0.clamp(-1, 1)
         if eta is None:
             from_x_0, from_x_t, beta_tilde = (float(c) for c in posterior(alpha_t, alpha_s))
-            deviation = torch.exp(0.5 * learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde)))
+            log_variance = learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde))
+            deviation = torch.exp(0.5 * log_variance)
             x = from_x_0 * x_0 + from_x_t * x
         else:
             deviation = eta * float(posterior(alpha_t, alpha_s)[2].sqrt())
@@ -432,8 +435,9 @@ def invert(model, x_0, z_i, text, steps=50, refinements=1, bar=False):
 
 def main():
     here = Path(__file__).parent / "weights/shapes"
-    parser = argparse.ArgumentParser(description="Take a picture apart into (z_i, x_T) and put it together again: the strip shows the "
-                                     "picture, its reconstruction, and three decodings of z_i from fresh noise (§3).")
+    parser = argparse.ArgumentParser(
+        description="Take a picture apart into (z_i, x_T) and put it together again: the strip shows the picture, its "
+        "reconstruction, and three decodings of z_i from fresh noise (§3).")
     parser.add_argument("picture", help="any picture; it is cropped to a square")
     parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
     parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
@@ -449,7 +453,8 @@ def main():
         device = ce.pick_device(args.device)
         picture = ce.open_picture(args.picture)
         clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
-        model = ce.load_model(Decoder, DecoderConfig, ce.read_checkpoint(args.weights / "decoder.pt", "decoder"), "decoder.pt").to(device)
+        path = args.weights / "decoder.pt"
+        model = ce.load_model(Decoder, DecoderConfig, ce.read_checkpoint(path, "decoder"), path).to(device)
         small = ImageOps.fit(picture, (model.config.image_size,) * 2, Image.Resampling.BICUBIC)
         x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         clip.to(device)
@@ -458,7 +463,8 @@ def main():
         x_T = invert(model, x_0, z_i, text, args.steps, bar=True)
         again = sample(model, z_i, text, null, None, 1, args.steps, eta=0, x_T=x_T, clamp=False, bar=True)
         generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
-        fresh = sample(model, z_i.repeat(3, 1), {k: v.repeat_interleave(3, 0) for k, v in text.items()}, null, generators, bar=True)
+        thrice = {k: v.repeat_interleave(3, 0) for k, v in text.items()}
+        fresh = sample(model, z_i.repeat(3, 1), thrice, null, generators, bar=True)
         strip = torch.cat([x_0, again, fresh]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 5 W, 3), side by side
         Image.fromarray(((strip + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
         psnr = -10 * math.log10(float(((x_0 - again) / 2).square().mean()))

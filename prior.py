@@ -76,7 +76,9 @@ def posterior(alpha_t, alpha_s):
     chain is the chain whose β are recomputed from the ᾱ it keeps (Improved DDPM §4).
     """
     beta = 1 - alpha_t / alpha_s
-    return alpha_s ** 0.5 * beta / (1 - alpha_t), (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t), beta * (1 - alpha_s) / (1 - alpha_t)
+    from_x_0 = alpha_s ** 0.5 * beta / (1 - alpha_t)
+    from_x_t = (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
+    return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
 def ladder(steps, top):
@@ -108,7 +110,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask):
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.ln_1(x)).chunk(3, -1))  # (B, nh, S, hs)
+        q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, nh, S, hs)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
@@ -213,8 +216,9 @@ def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidat
 
 def main():
     here = Path(__file__).parent / "weights/shapes"
-    parser = argparse.ArgumentParser(description="Draw image embeddings for a caption and compare them: each one's cosine with z_t, "
-                                     "and with the others. Captions that leave much open spread more.")
+    parser = argparse.ArgumentParser(
+        description="Draw image embeddings for a caption and compare them: each one's cosine with z_t, and with the others. "
+        "Captions that leave much open spread more.")
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=6, help="how many z_i to draw (default 6)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default 1)")
@@ -227,7 +231,8 @@ def main():
     with ce.one_line_errors():
         device = ce.pick_device(args.device)
         clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
-        model = ce.load_model(DiffusionPrior, PriorConfig, ce.read_checkpoint(args.weights / "prior.pt", "prior"), args.weights / "prior.pt")
+        path = args.weights / "prior.pt"
+        model = ce.load_model(DiffusionPrior, PriorConfig, ce.read_checkpoint(path, "prior"), path)
         clip, model = clip.to(device), model.to(device)
         for caption in args.captions:
             text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
@@ -238,7 +243,8 @@ def main():
             for k in range(args.n):
                 print(f"z_i {k} {float(z_i[k] @ text['z_t'][k]):6.3f}  " + "".join(f"{float(c):7.3f}" for c in cosine[k]))
             others = cosine[~torch.eye(args.n, dtype=torch.bool, device=device)]
-            print(f"mean cosine with z_t {float((z_i * text['z_t']).sum(1).mean()):.3f}, with one another {float(others.mean()):.3f}")
+            with_z_t = float((z_i * text["z_t"]).sum(1).mean())
+            print(f"mean cosine with z_t {with_z_t:.3f}, with one another {float(others.mean()):.3f}")
 
 
 if __name__ == "__main__":

@@ -148,39 +148,41 @@ def gather_captions(arguments, file):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two shapes: "
-        "circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; solid or "
-        "striped; left of, right of, above, below; on a white, gray, pink or mint background.",
+        description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two "
+        "shapes: circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; "
+        "solid or striped; left of, right of, above, below; on a white, gray, pink or mint background.",
         epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 ignores the condition.")
     parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     parser.add_argument("--file", help="a text file of captions, one a line")
     parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
     parser.add_argument("--size", type=int, default=1024, choices=SIZES, help="pixels a side (default 1024)")
-    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (the paper found it to hurt in the prior)")
+    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (§5: in the prior it hurt)")
     parser.add_argument("--prior-steps", type=int, default=64, help="default 64, as in the paper")
     parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
-    parser.add_argument("--eta", type=float, help="sample the decoder by DDIM with this η (default: ancestral, learned variance, as in the paper)")
-    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"), help="default 27 15, as in the paper")
+    parser.add_argument("--eta", type=float, help="decode by DDIM with this η (default: ancestral, with the learned variance, as in "
+                        "the paper)")
+    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
+                        help="default 27 15, as in the paper")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, a caption a row")
-    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped shapes models)")
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples/)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors():
         captions = gather_captions(args.captions, args.file)
-        for name, low, high in (("n", 1, 10_000), ("seed", 0, 1 << 48), ("prior_steps", 1, 1000), ("decoder_steps", 1, 990)):
-            if not low <= getattr(args, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low} and {high}")
-        for name in ("prior_guidance", "decoder_guidance", "eta"):
-            if getattr(args, name) is not None and not 0 <= getattr(args, name) <= (1 if name == "eta" else 100):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {1 if name == 'eta' else 100}")
+        for name, low, high in (("n", 1, 10_000), ("seed", 0, 1 << 48), ("prior_steps", 1, 1000), ("decoder_steps", 1, 990),
+                                ("prior_guidance", 0, 100), ("decoder_guidance", 0, 100), ("eta", 0, 1)):
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
         if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
-            raise UserError(f"--upsample-steps {args.upsample_steps[0]} {args.upsample_steps[1]}: both must be between 1 and 900")
+            raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
         stack = load_stack(args.weights, pick_device(args.device), args.size)
         captions = [caption for caption in captions for _ in range(args.n)]
-        options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta", "upsample_steps")}
+        options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta",
+                                                 "upsample_steps")}
         settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in options.items())
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins
@@ -191,7 +193,8 @@ def main():
             sheet += images if args.grid else []
         if args.grid:
             columns = args.n if args.n > 1 else math.ceil(len(sheet) ** 0.5)
-            print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed, settings=settings))
+            print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed,
+                           settings=settings))
         print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()), file=sys.stderr)
 
 

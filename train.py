@@ -186,7 +186,8 @@ def outline(shape):
         xy = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], -1)
         return (xy - (0, 2)) / 17.2
     w = 0.3  # half the width of the cross's arms
-    return np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)]) / 1.05
+    return np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1),
+                     (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)]) / 1.05
 
 
 def render(scene, side):
@@ -392,8 +393,8 @@ def upsampler_picture(model, batch, context):
     for n in range(2):
         truth = render(fixed_scene(context["seed"], n), c.image_size)
         low = to_tensor(truth.reduce(c.image_size // c.low_size))[None].to(batch[0].device).float() / 127.5 - 1
-        columns += [torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")[0], upsample.sample(model, low, seeds(1))[0],
-                    to_tensor(truth).float() / 127.5 - 1]
+        enlarged = torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")
+        columns += [enlarged[0], upsample.sample(model, low, seeds(1))[0], to_tensor(truth).float() / 127.5 - 1]
     return grid(columns, 3)
 
 
@@ -546,16 +547,16 @@ def prepare_prior(args, device):
         loader = DataLoader(FixedPictures(args.seed), batch_size=256, num_workers=args.workers)
         save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context | {"device": device}).cpu()
                                    for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")]), cache)
-    z_i = torch.load(cache, weights_only=True).to(device)
-    return context | {"z_i": z_i, "config": replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)}, extra
+    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
+    return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
 
 
 def prepare_decoder(args, device):
     """CLIP, and a config that fits it."""
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
-    return context | {"config": replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width,
-                                        vocab_size=c.vocab_size)}, extra
+    config = replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width, vocab_size=c.vocab_size)
+    return context | {"config": config}, extra
 
 
 def prepare_upsampler(args, device, size):

@@ -55,9 +55,12 @@ def second(**sizes):
 
 
 PRESETS = {
-    "shapes": {256: UpsamplerConfig(patch_size=2, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0, prediction="residual"),
-               1024: second(patch_size=4, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0, prediction="residual")},
-    "laptop": {256: UpsamplerConfig(channels=96, depth=2), 1024: second(channels=48, depth=2, multiples=(1, 1, 2, 2, 4, 4), norm_groups=16, dropout=0.0)},
+    "shapes": {256: UpsamplerConfig(patch_size=2, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0,
+                                    prediction="residual"),
+               1024: second(patch_size=4, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0,
+                            prediction="residual")},
+    "laptop": {256: UpsamplerConfig(channels=96, depth=2),
+               1024: second(channels=48, depth=2, multiples=(1, 1, 2, 2, 4, 4), norm_groups=16, dropout=0.0)},
     "paper": {256: UpsamplerConfig(), 1024: second(channels=192, depth=2, multiples=(1, 1, 2, 2, 4, 4), dropout=0.0)},
 }
 
@@ -326,7 +329,7 @@ def main():
     parser.add_argument("--weights", type=Path, default=here, help="folder of upsample-256.pt and upsample-1024.pt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--out", type=Path, default=Path("upsample.png"), help="where the picture goes, bicubic enlargement to its left")
+    parser.add_argument("--out", type=Path, default=Path("upsample.png"), help="where it goes, bicubic enlargement to its left")
     args = parser.parse_args()
     import clip_embed as ce
     with ce.one_line_errors():
