@@ -42,10 +42,10 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a UserError into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    """Turn a UserError, and what a disk refuses, into one line on stderr and exit status 2, Ctrl-C into status 130."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

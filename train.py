@@ -302,10 +302,10 @@ class Recipe:
 
 RECIPES = {
     "shapes": {"clip": Recipe(128, 3000, 1e-3, 0.1, 0.98, 1e-6, 0.995, 200),
-               "prior": Recipe(256, 4000, 5e-4, 0.06, 0.96, 1e-6, 0.999),
-               "decoder": Recipe(16, 10000, 5e-4, ema_decay=0.999),
-               "upsample-256": Recipe(16, 3000, 5e-4, ema_decay=0.999),
-               "upsample-1024": Recipe(16, 2000, 5e-4, ema_decay=0.999)},
+               "prior": Recipe(256, 1400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
+               "decoder": Recipe(16, 10300, 8e-4, ema_decay=0.999),
+               "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
+               "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000),
                "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6),
                "decoder": Recipe(32, 200000, 1.2e-4),
@@ -464,7 +464,7 @@ def train(stage, args, device):
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
-    start, rows = 0, []  # rows: step, mean loss since the last row, images a second
+    start, rows, recent = 0, [], []  # rows: step, mean loss since the row before (recent: of what), images a second
     if path.exists():
         checkpoint = clip_embed.read_checkpoint(path, stage)
         state = checkpoint.get("training")
@@ -473,18 +473,18 @@ def train(stage, args, device):
         model.load_state_dict(state["model"])
         ema.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, rows = state["step"], state["rows"]
+        start, rows, recent = state["step"], state["rows"], state["recent"]
 
     def save(step):
         save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows,
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows, "recent": recent,
             "recipe": asdict(recipe), "seed": args.seed}}, path)
 
     low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
     loader = DataLoader(Batches(stage, recipe, args.seed, config), batch_size=None,
                         sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
     bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
-    began, seen, recent = time.time(), 0, []
+    began, seen = time.time(), 0
     for step, batch in enumerate(bar, start):
         torch.manual_seed((args.seed << 32) + step)  # noise, timesteps and dropout depend on (seed, step) alone
         batch = to_device(batch, device)
@@ -492,17 +492,17 @@ def train(stage, args, device):
             group["lr"] = learning_rate(step, recipe)
         with torch.autocast(device.type, torch.bfloat16, enabled=low), attention_kernel(device, low):
             loss = loss_of(model, batch, context)
+        recent.append(loss.item())
+        if not math.isfinite(recent[-1]):
+            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}; the last good checkpoint is {path}: go on with "
+                            "--resume and a lower --learning-rate, or with --precision float32")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_ema(ema, model, step, recipe.ema_decay)
-        recent.append(loss.item())
         seen += recipe.batch_size
         bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{seen / (time.time() - began):.0f}", refresh=False)
-        if not math.isfinite(recent[-1]):
-            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}; the last good checkpoint is {path}: "
-                            "lower --learning-rate, or use --precision float32, then --resume")
         done = step + 1
         if done % args.log_every == 0 or done == recipe.steps:
             rows.append((done, float(np.mean(recent)), seen / (time.time() - began)))
@@ -616,6 +616,10 @@ def main():
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.preset
     with one_line_errors():
+        for name, low, high in (("steps", 1, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 1e-12, 10), ("seed", 0, 1 << 30),
+                                ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
+            if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
         device = pick_device(args.device)
         if args.stage == "export":
             export(args.out, Path("weights") / args.preset)

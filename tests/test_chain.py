@@ -41,7 +41,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
-                              precision="float32", workers=0, log_every=1, save_every=1)
+                              precision="float32", workers=0, log_every=3, save_every=1)
 
 
 def stopped_after(monkeypatch, saves):
@@ -75,6 +75,7 @@ def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
     assert torch.load(parts.out / f"{stage}.pt", weights_only=True)["training"]["step"] == 2
     train.train(stage, parts, torch.device("cpu"))
     a, b = (torch.load(args.out / f"{stage}.pt", weights_only=True) for args in (whole, parts))
+    assert [row[0] for row in a["training"]["rows"]] == [3, 4]
     assert [row[:2] for row in a["training"]["rows"]] == [row[:2] for row in b["training"]["rows"]]
     for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
         assert all(torch.equal(x[k], y[k]) for k in x)
@@ -160,6 +161,18 @@ def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weight
     old = paths[0].read_bytes()
     run(sample, monkeypatch, "a RED/circle", *words)
     assert paths[0].read_bytes() == old and len(list(tmp_path.glob("*.png"))) == 11
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", "0"], "--steps 0: must be between 1"), (["--seed", "-1"], "--seed -1: must be between 0"),
+    (["--learning-rate", "nan"], "--learning-rate nan"), (["--device", "toaster"], "not available here"),
+    ([], "clip.pt: no such file; expected the clip checkpoint that `python train.py clip` writes"),
+])
+def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(train, monkeypatch, "prior", "--out", tmp_path, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, message", [
