@@ -61,6 +61,10 @@ def pick_device(name):
     if name.split(":")[0] not in have or not have[name.split(":")[0]]():
         raise UserError(f"--device {name}: not available here (use auto, or one of "
                         f"{', '.join(kind for kind in have if have[kind]())})")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return torch.device(name)
 
 
@@ -336,7 +340,8 @@ def contrastive_loss(z_i, z_t, logit_scale):
     z_i, z_t (B, d) unit-norm, row k of one belonging to row k of the other; logit_scale is the log of the
     inverse temperature, held at or under log 100 as in the CLIP paper.
     """
-    logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i @ z_t.T
+    with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would round logits near 100 to halves: near misses drown
+        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T
     target = torch.arange(len(z_i), device=z_i.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

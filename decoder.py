@@ -11,8 +11,8 @@ sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)). The sampler t
 ancestral with the learned variance (the paper's), or DDIM with any η; DDIM run backwards gives x_T, and the
 pair (z_i, x_T) is the picture's whole code (§3).
 
-Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead, but then a
-caption's picture would depend on the longest caption beside it); z_i enters times √d, so that its coordinates
+Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead), so that what lies
+beyond the longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates
 are of order 1; `patch_size` folds pixels into channels, which a laptop's CPU thanks us for (1 in the paper); the `shapes`
 preset's network puts out a velocity, from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_step).
 
@@ -128,7 +128,7 @@ def eps_from_velocity(x_t, velocity, alpha_t):
 
 
 def learned_log_variance(v, beta, beta_tilde):
-    """log Σ = v log β + (1 − v) log β̃, v in [0, 1] (Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
+    """log Σ = v log β + (1 − v) log β̃ (Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
     return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
 
 
@@ -143,8 +143,8 @@ def discretized_log_likelihood(x, mean, log_variance):
     scale = torch.exp(-0.5 * log_variance)
     upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
     inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    ends = torch.where(x > 0.999, torch.special.log_ndtr(-lower), torch.special.log_ndtr(upper))
-    return torch.where(x.abs() > 0.999, ends, torch.log(inner.clamp(min=1e-12)))
+    ends = torch.where(x > 0.999, torch.special.ndtr(-lower), torch.special.ndtr(upper))
+    return torch.log(torch.where(x.abs() > 0.999, ends, inner).clamp(min=1e-12))
 
 
 def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
@@ -247,7 +247,7 @@ class TextTransformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The U-Net: (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v in [0, 1] places the variance between β̃ and β."""
+    """The U-Net: (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v is 0 for the variance β̃ and 1 for β, unconstrained."""
 
     def __init__(self, config):
         super().__init__()
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
             return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, resample)
 
         def level(channels, out_channels, side):
-            return nn.ModuleList([res(channels, out_channels)] + [attend(out_channels)] * (side in c.attention))
+            return nn.ModuleList([res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
 
         def attend(channels):
             return AttentionBlock(channels, c.head_channels, c.text_width, c.norm_groups)
@@ -408,7 +408,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta
             deviation = eta * float(posterior(alpha_t, alpha_s)[2].sqrt())
             x = float(alpha_s.sqrt()) * x_0 + math.sqrt(1 - float(alpha_s) - deviation ** 2) * eps
         if eta != 0:
-            x = x + deviation * randn(generators, x.shape, x.device).to(x.dtype)
+            x = x + deviation * randn(generators, x.shape, x.device)
 
 
 @torch.no_grad()

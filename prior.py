@@ -9,7 +9,8 @@ A diffusion model P(z_i|y) whose network is a decoder-only transformer with a ca
 
 and what comes out at the last position is the prediction of z_i itself, not of the noise: the loss is
 E‖f(z_i^(t), t, y) − z_i‖². The caption is dropped 10% of the time, so that sampling can be guided. To sample:
-64 of the 1000 steps, ancestral, twice over; the candidate closer to z_t is kept.
+64 of the 1000 steps, ancestral, twice over; the candidate closer to z_t is kept. (The paper's variance is the
+analytic one; ours, so far, is β̃.)
 
 Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of deviation 1 at nearly
 every step. The paper multiplies by 17.2, which at d = 1024 makes their deviation 0.54, that of ImageNet's

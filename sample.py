@@ -48,10 +48,10 @@ def load_stack(weights=SHIPPED, device="cpu", size=64):
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "decoder": (decoder.Decoder, decoder.DecoderConfig)}
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
+    mark = clip_embed.fingerprint(clip)
     for stage, (network, config) in kinds.items():
         path = weights / f"{stage}.pt"
         checkpoint = read_checkpoint(path, stage)
-        mark = clip_embed.fingerprint(clip)
         if checkpoint.get("clip", mark) != mark:
             raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {weights / 'clip.pt'} is CLIP {mark}")
         stack[stage] = clip_embed.load_model(network, config, checkpoint, path)
@@ -114,7 +114,7 @@ def save_png(picture, folder, name, **chunks):
     """Write folder/NNNN-name.png under the first free number, with text chunks; returns its path. Raises UserError."""
     info, file = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     picture.save(file, "PNG", pnginfo=info)
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "unconditional"
     try:
@@ -161,11 +161,11 @@ def main():
     parser.add_argument("--prior-steps", type=int, default=64, help="default 64, as in the paper")
     parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
-    parser.add_argument("--eta", type=float, help="decode by DDIM with this η (default: ancestral, with the learned variance, as in "
+    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, as in "
                         "the paper)")
-    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
+    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(27, 15), metavar=("S256", "S1024"),
                         help="default 27 15, as in the paper")
-    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet, a caption a row")
+    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples/)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -177,13 +177,13 @@ def main():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
-        if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
+        if any(not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
         stack = load_stack(args.weights, pick_device(args.device), args.size)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta",
                                                  "upsample_steps")}
-        settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in options.items())
+        settings = ", ".join(f"{k.replace('_', '-')} {'ancestral' if v is None else v}" for k, v in options.items())
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins
             some = captions[first:first + BATCH[64]]

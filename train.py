@@ -9,7 +9,7 @@ timesteps from random numbers seeded by (--seed, k) alone, so `--resume` is exac
 goes on as if it never had been.
 
     python train.py all --preset shapes              # everything
-    python train.py decoder --steps 500 --resume     # a bit of one stage, continued
+    python train.py decoder --resume                 # one stage, continued after a stop
 """
 
 import argparse
@@ -237,10 +237,7 @@ class Batches(Dataset):
     """
 
     def __init__(self, stage, recipe, seed, config):
-        self.stage, self.batch_size, self.length, self.seed, self.config = stage, recipe.batch_size, recipe.steps, seed, config
-
-    def __len__(self):
-        return self.length
+        self.stage, self.batch_size, self.seed, self.config, self.fixed_scenes = stage, recipe.batch_size, seed, config, FIXED_SCENES
 
     def __getitem__(self, k):
         rng = np.random.default_rng([self.seed, k])
@@ -249,7 +246,7 @@ class Batches(Dataset):
                                              min(4, self.batch_size - n)) for n in range(0, self.batch_size, 4)]
             return tuple(torch.cat(part) for part in zip(*crops))
         if self.stage == "prior":
-            chosen = rng.integers(FIXED_SCENES, size=self.batch_size)
+            chosen = rng.integers(self.fixed_scenes, size=self.batch_size)
             scenes = [fixed_scene(self.seed, n) for n in chosen]
             return torch.from_numpy(chosen), [describe(s, what_to_say(s, rng), rng) for s in scenes]
         images, captions = [], []
@@ -258,7 +255,7 @@ class Batches(Dataset):
             said = what_to_say(scene, rng)
             group = [scene, near_miss(scene, said, rng)] if self.stage == "clip" else [scene]
             words = [describe(s, said, rng) for s in group]
-            if self.stage != "clip" or not set(words) & set(captions):
+            if self.stage != "clip" or len(set(words) - set(captions)) == len(words):
                 images += [to_tensor(render(s, 64)) for s in group]
                 captions += words
         return torch.stack(images), captions
@@ -379,7 +376,7 @@ def decoder_picture(model, batch, context):
     """Eight pictures above what the decoder makes of their z_i and captions."""
     images, captions = batch[0][:8], batch[1][:8]
     made = decoder.sample(model, look(images, context), *read(captions, context), seeds(len(images)), steps=25)
-    return grid([*images, *made], 8)
+    return grid([*images, *made], len(images))
 
 
 def upsampler_loss(model, batch, context):
@@ -470,6 +467,9 @@ def train(stage, args, device):
         state = checkpoint.get("training")
         if state is None or checkpoint["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
+        changed = [k for k, v in ({"seed": args.seed} | extra).items() if (state | checkpoint)[k] != v]
+        if changed:
+            raise UserError(f"{path}: cannot be resumed, it was trained with another {' and '.join(changed)}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -493,12 +493,13 @@ def train(stage, args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=low), attention_kernel(device, low):
             loss = loss_of(model, batch, context)
         recent.append(loss.item())
-        if not math.isfinite(recent[-1]):
-            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}; the last good checkpoint is {path}: go on with "
-                            "--resume and a lower --learning-rate, or with --precision float32")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not (math.isfinite(recent[-1]) and torch.isfinite(norm)):
+            last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}, its gradient's norm {float(norm)}; {last}: go on "
+                            "with --resume and a lower --learning-rate, or with --precision float32")
         optimizer.step()
         update_ema(ema, model, step, recipe.ema_decay)
         seen += recipe.batch_size
@@ -511,7 +512,8 @@ def train(stage, args, device):
             save(done)
             with open(path.with_suffix(".csv"), "w", newline="") as file:
                 csv.writer(file).writerows([("step", "loss", "images_per_second"), *rows])
-            plot_loss(rows, args.out / f"{stage}-loss.png")
+            if rows:
+                plot_loss(rows, args.out / f"{stage}-loss.png")
             with torch.no_grad():
                 picture_of(ema, batch, context).save(args.out / f"{stage}-samples.png")
 
@@ -585,7 +587,9 @@ def export(runs, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         checkpoint = clip_embed.read_checkpoint(runs / f"{stage}.pt", stage)
-        training = checkpoint.pop("training")
+        training = checkpoint.pop("training", None)
+        if training is None:
+            raise UserError(f"{runs / stage}.pt: has no training state, it is an export already")
         checkpoint["model"] = {k: v.half() for k, v in checkpoint["model"].items()}
         checkpoint["trained"] = {k: training[k] for k in ("step", "recipe", "seed")}
         save_atomically(checkpoint, folder / f"{stage}.pt")
@@ -602,7 +606,7 @@ def main():
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
-    parser.add_argument("--steps", type=int, help="training steps, in place of the preset's")
+    parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
@@ -622,7 +626,7 @@ def main():
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
         device = pick_device(args.device)
         if args.stage == "export":
-            export(args.out, Path("weights") / args.preset)
+            export(args.out, Path(__file__).parent / "weights" / args.preset)
         for stage in STAGES if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
             train(stage, args, device)
 

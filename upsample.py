@@ -139,8 +139,8 @@ def gaussian_blur(images, sigma=0.6):
 def bsr_degrade(picture, rng):
     """Damage a Pillow picture as BSRGAN does: blur, down-and-up resizing, noise and JPEG in random order (§2.1).
 
-    rng: a numpy Generator. Of the four, each is applied with probability one half; strengths as in the light
-    variant that latent diffusion's super-resolution used. The size stays as it is.
+    rng: a numpy Generator. Of the four, each is applied with probability one half; the strengths are ours, milder in
+    blur and stronger in noise and JPEG than latent diffusion's light variant. The size stays as it is.
     """
     filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
@@ -257,7 +257,7 @@ class Upsampler(nn.Module):
             for n in range(c.depth + 1):
                 blocks = [res(width + widths.pop(), multiple * c.channels)]
                 width = multiple * c.channels
-                self.up.append(nn.ModuleList(blocks + [res(width, width, "up")] * (k > 0 and n == c.depth)))
+                self.up.append(nn.ModuleList(blocks + ([res(width, width, "up")] if k and n == c.depth else [])))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 3 * c.patch_size ** 2, 3, padding=1))
 

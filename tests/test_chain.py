@@ -60,7 +60,6 @@ def stopped_after(monkeypatch, saves):
 def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
     if stage in ("prior", "decoder"):
         train.train("clip", tiny, torch.device("cpu"))
-        monkeypatch.setattr(train, "FIXED_SCENES", 20)
     whole, parts = argparse.Namespace(**vars(tiny)), argparse.Namespace(**vars(tiny))
     parts.out = tiny.out.parent / "parts"
     parts.out.mkdir()

@@ -112,10 +112,7 @@ def test_discretized_likelihood_sums_to_one_over_the_256_values(mean, deviation)
 
 
 class GaussianData:
-    """The exact ε-predictor of pixels drawn from N(mean, deviation²), standing in for a network; v is the exact one too.
-
-    For such data E[x_0|x_t] is linear in x_t, and the reverse step is Gaussian with the variance below.
-    """
+    """The exact ε-predictor of pixels drawn from N(mean, deviation²), standing in for a network; v = 0, so the variance is β̃."""
 
     def __init__(self, mean, deviation, side=8, **config):
         self.mean, self.deviation = mean, deviation
@@ -241,6 +238,48 @@ def test_guided_eps_of_a_linear_gaussian_toy_is_the_guided_score_at_every_t():
         score, = torch.autograd.grad((log_p(0, 1) + w * (log_p(c, s * s) - log_p(0, 1))).sum(), x)
         eps, _ = decoder.guided(model, x.detach().float(), t, torch.ones(1, 4), no_text(1), no_text(1), w)
         assert torch.allclose(eps, (-(1 - a).sqrt() * score).float(), rtol=1e-3, atol=2e-4), t
+
+
+def test_velocity_and_residual_networks_hand_out_the_eps_they_mean():
+    x_0, eps, low, t = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.tensor([0, 100, 500, 900, 998])
+    x_t, a = decoder.q_sample(x_0, t, eps, ALPHAS), decoder.at(ALPHAS, t, x_0)
+    velocity = a.sqrt() * eps - (1 - a).sqrt() * x_0
+    assert torch.allclose(decoder.eps_from_velocity(x_t, velocity, a), eps, atol=1e-4)
+    assert torch.allclose(upsample.eps_from_residual(x_t, x_0 - low, low, a), eps, atol=5e-3)
+
+
+def test_the_bound_trains_only_the_variance_and_weighs_a_thousandth_of_all_its_terms():
+    eps, v = torch.randn(4, 3, 4, 4, requires_grad=True), torch.rand(4, 3, 4, 4, requires_grad=True)
+    model = lambda x, t, z_i, text: (eps, v)
+    model.config = SimpleNamespace(prediction="eps")
+    x_0 = torch.rand(4, 3, 4, 4) * 2 - 1
+    torch.manual_seed(5)
+    t, noise = torch.randint(1000, (4,)), torch.randn(x_0.shape)
+    torch.manual_seed(5)
+    loss = decoder.decoder_loss(model, x_0, torch.zeros(4, 4), no_text(4), no_text(1))
+    simple = ((eps - noise) ** 2).mean()
+    assert torch.allclose(torch.autograd.grad(loss, eps, retain_graph=True)[0], torch.autograd.grad(simple, eps)[0])
+    bound = decoder.vlb_term(x_0, decoder.q_sample(x_0, t, noise, ALPHAS), t, eps, v, ALPHAS).mean()
+    assert float(loss - simple) == pytest.approx(0.001 * 1000 * float(bound), rel=1e-4)
+    assert torch.autograd.grad(loss, v)[0].abs().sum() > 0
+
+
+def test_z_i_is_dropped_a_tenth_and_the_caption_half_of_the_time_independently():
+    seen, n = {}, 20_000
+
+    def model(x, t, z_i, text):
+        seen["z_i"], seen["caption"] = z_i[:, 0] == 0, text["z_t"][:, 0] == 0
+        return torch.zeros_like(x), torch.full_like(x, 0.5)
+
+    model.config = SimpleNamespace(prediction="eps")
+    text = no_text(n) | {"z_t": torch.ones(n, 4)}
+    decoder.decoder_loss(model, torch.zeros(n, 1, 1, 1), torch.ones(n, 4), text, no_text(1))
+    share = lambda rows: float(rows.float().mean())
+    assert share(seen["z_i"]) == pytest.approx(0.1, abs=0.01) and share(seen["caption"]) == pytest.approx(0.5, abs=0.015)
+    assert share(seen["z_i"] & ~seen["caption"]) == pytest.approx(0.05, abs=0.006)
+    f = lambda z, t, text: (seen.update(prior=text["z_t"][:, 0] == 0), z)[1]
+    prior.prior_loss(f, torch.ones(n, 4), text, no_text(1))
+    assert share(seen["prior"]) == pytest.approx(0.1, abs=0.01)
 
 
 def test_the_ladder_avoids_the_top_step_and_ends_at_the_picture():
