@@ -441,7 +441,7 @@ def main():
     parser.add_argument("picture", help="any picture; it is cropped to a square")
     parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
     parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps each way (more: closer; default 50)")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps each way, and of the fresh ones (more: closer; default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh noise")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")
@@ -450,6 +450,8 @@ def main():
     from PIL import Image, ImageOps
     import clip_embed as ce
     with ce.one_line_errors():
+        if not 2 <= args.steps <= 990 or not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
+            raise ce.UserError("--steps must be between 2 and 990, --seed at least 0, and --out end in .png")
         device = ce.pick_device(args.device)
         picture = ce.open_picture(args.picture)
         clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
@@ -464,7 +466,7 @@ def main():
         again = sample(model, z_i, text, null, None, 1, args.steps, eta=0, x_T=x_T, clamp=False, bar=True)
         generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
         thrice = {k: v.repeat_interleave(3, 0) for k, v in text.items()}
-        fresh = sample(model, z_i.repeat(3, 1), thrice, null, generators, bar=True)
+        fresh = sample(model, z_i.repeat(3, 1), thrice, null, generators, steps=args.steps, bar=True)
         strip = torch.cat([x_0, again, fresh]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 5 W, 3), side by side
         Image.fromarray(((strip + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
         psnr = -10 * math.log10(float(((x_0 - again) / 2).square().mean()))

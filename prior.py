@@ -230,6 +230,8 @@ def main():
     args = parser.parse_args()
     import clip_embed as ce
     with ce.one_line_errors():
+        if not (2 <= args.n <= 1000 and 1 <= args.steps <= 1000 and 0 <= args.guidance <= 100):
+            raise ce.UserError("--n must be between 2 and 1000, --steps between 1 and 1000, --guidance between 0 and 100")
         device = ce.pick_device(args.device)
         clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
         path = args.weights / "prior.pt"

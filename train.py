@@ -149,8 +149,10 @@ def near_miss(scene, said, rng):
     circle, red star"): only a CLIP that binds attributes to objects can tell those captions apart.
     """
     things = scene.things
+    told = [{a: getattr(t, a) for a in VALUES if a == "shape" or (k, a) in said} for k, t in enumerate(things)]
     swaps = [a for a in VALUES if len(things) == 2 and getattr(things[0], a) != getattr(things[1], a)
-             and (a == "shape" or {(0, a), (1, a)} <= said)]
+             and a in told[0] and a in told[1]  # and the captions must differ: in where the things are, or in what they are
+             and ("relation" in said or any(told[0].get(b) != told[1].get(b) for b in VALUES if b != a))]
     while True:
         if swaps and rng.random() < 0.5:
             a = pick(rng, swaps)

@@ -333,6 +333,8 @@ def main():
     args = parser.parse_args()
     import clip_embed as ce
     with ce.one_line_errors():
+        if not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
+            raise ce.UserError("--seed must be at least 0, and --out end in .png")
         device = ce.pick_device(args.device)
         small = ImageOps.fit(ce.open_picture(args.picture), (64, 64), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1

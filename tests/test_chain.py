@@ -174,6 +174,16 @@ def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, mo
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("script, arguments", [
+    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (decoder, ["p.png", "--steps", "991"]),
+    (decoder, ["p.png", "--out", "strip"]), (upsample, ["p.png", "--out", "strip"]), (upsample, ["missing.png"]),
+])
+def test_wrong_use_of_a_stage_is_one_line_and_exit_status_2(script, arguments, weights, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script, monkeypatch, *arguments, "--weights", weights)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "no caption"),
     (["x", "--seed", "-1"], "--seed -1: must be between 0"),
