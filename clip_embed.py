@@ -467,6 +467,7 @@ def load_clip(path):
 
 
 def main():
+    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="How well does each caption fit each picture? Cosine of z_i and z_t, "
                                      "and the softmax over the captions at CLIP's own temperature.")
     parser.add_argument("inputs", nargs="+", metavar="PICTURE|CAPTION", help="picture files first, then captions")

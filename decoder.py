@@ -434,6 +434,7 @@ def invert(model, x_0, z_i, text, steps=50, refinements=1, bar=False):
 
 
 def main():
+    """The script: what --help says."""
     here = Path(__file__).parent / "weights/shapes"
     parser = argparse.ArgumentParser(
         description="Take a picture apart into (z_i, x_T) and put it together again: the strip shows the picture, its "

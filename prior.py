@@ -216,6 +216,7 @@ def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidat
 
 
 def main():
+    """The script: what --help says."""
     here = Path(__file__).parent / "weights/shapes"
     parser = argparse.ArgumentParser(
         description="Draw image embeddings for a caption and compare them: each one's cosine with z_t, and with the others. "

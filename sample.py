@@ -147,6 +147,7 @@ def gather_captions(arguments, file):
 
 
 def main():
+    """The script: what --help says."""
     parser = argparse.ArgumentParser(
         description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two "
         "shapes: circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; "

@@ -599,6 +599,7 @@ def export(runs, folder):
 
 
 def main():
+    """The script: what --help says."""
     parser = argparse.ArgumentParser(
         description="Train unCLIP's stages on the built-in world of shapes. The prior and the decoder need the CLIP of the same "
         "--out folder; the upsamplers need nothing.",

@@ -321,6 +321,7 @@ def sample(model, low, generators, steps=None, bar=False):
 
 
 def main():
+    """The script: what --help says."""
     here = Path(__file__).parent / "weights/shapes"
     parser = argparse.ArgumentParser(description="Enlarge a picture: it is scaled to 64×64 and goes through the upsamplers. "
                                      "The shipped ones know flat shapes, not photographs.")
