@@ -82,13 +82,15 @@ def generate(stack, captions, seed=0, size=64, prior_guidance=1.0, prior_steps=6
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
         return torch.cat(parts)
 
-    def read(pictures):
-        return clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [captions[k] for k in pictures])
+    text, null = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)
+
+    def of(pictures):
+        return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
 
     z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
-        stack["prior"], *read(pictures), noise, prior_guidance, prior_steps, bar=bar))
+        stack["prior"], of(pictures), null, noise, prior_guidance, prior_steps, bar=bar))
     images = in_batches("decoder", BATCH[64], lambda pictures, noise: decoder.sample(
-        stack["decoder"], z_i[list(pictures)].to(device), *read(pictures), noise, decoder_guidance, decoder_steps, eta, bar=bar))
+        stack["decoder"], z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
         small, stage = images, f"upsample-{large}"
         images = in_batches(stage, BATCH[large], lambda pictures, noise: upsample.sample(
