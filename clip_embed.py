@@ -275,6 +275,17 @@ class Transformer(nn.Module):
         return x
 
 
+def positions(side, width):
+    """(side², width) sines and cosines of each patch's row and column: what the image tower's positions start from.
+
+    Ours. CLIP starts from noise a tenth as large as a patch's content; the small towers here then take thousands of
+    steps to tell left from right.
+    """
+    angle = torch.arange(side)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 4)
+    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
+
+
 class VisionTransformer(nn.Module):
     """The image tower: patches and a class token through a transformer; the class token is projected."""
 
@@ -283,7 +294,7 @@ class VisionTransformer(nn.Module):
         width, patches = config.vision_width, (config.image_size // config.vision_patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, config.vision_patch_size, config.vision_patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width) * width ** -0.5)
+        self.positional_embedding = nn.Parameter(torch.cat([torch.zeros(1, width), positions(round(patches ** 0.5), width)]))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, config.vision_heads, config.hidden_act, causal=False)
         self.ln_post = nn.LayerNorm(width)

@@ -300,7 +300,7 @@ class Recipe:
 
 
 RECIPES = {
-    "shapes": {"clip": Recipe(128, 3000, 1e-3, 0.1, 0.98, 1e-6, 0.995, 200),
+    "shapes": {"clip": Recipe(64, 12000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
                "prior": Recipe(256, 1400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
                "decoder": Recipe(16, 10300, 8e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
