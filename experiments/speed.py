@@ -1,0 +1,142 @@
+"""How fast is every stage, and how near to what the machine can do?
+
+In:   a preset, a device; no weights: networks with random weights are as fast as trained ones
+Out:  on stdout, a Markdown table: for each stage its parameters, images a second in training and in sampling, the
+      floating-point operations of one training step (torch's own counter), and the share of the machine's peak that
+      the training step and the network's forward pass reach. The peak is that of a matrix product, measured here
+
+A sampled image is timed over a few of its steps and scaled to all of them; scenes are drawn beforehand.
+
+    python experiments/speed.py
+    python experiments/speed.py --preset laptop --precision bfloat16
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clip_embed
+import decoder
+import prior
+import train
+import upsample
+from clip_embed import UserError, one_line_errors, pick_device
+
+
+def seconds(run, device, least=2.0):
+    """The least time of one call of run(), of at least three calls and `least` seconds, after one to warm up."""
+    times = []
+    for k in range(1000):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times += [time.perf_counter() - began] if k else []
+        if len(times) >= 3 and sum(times) > least:
+            break
+    return min(times)
+
+
+def matmul_peak(device, dtype, side=2048):
+    """Floating-point operations a second of torch's product of two side × side matrices."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side ** 3 / seconds(lambda: a @ b, device)
+
+
+def operations(run):
+    """Floating-point operations of one call of run(), as torch counts them (matrix products and convolutions)."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def contexts(args, device):
+    """A folder with an untrained CLIP of the preset in it: what train.py's stages want to find."""
+    torch.manual_seed(0)
+    context, extra = train.prepare_clip(args, device)
+    clip = clip_embed.CLIP(context["config"])
+    torch.save({"stage": "clip", "config": vars(clip.config), "model": clip.state_dict(), **extra}, args.out / "clip.pt")
+
+
+def one_image(stage, model, batch, context, pictures):
+    """(run, share): run() samples `pictures` images of a stage in a few steps, `share` of the default number of steps."""
+    seeds = train.seeds(pictures)
+    if stage in ("prior", "decoder"):
+        text, null = train.read(["a red circle"] * pictures, context)
+        if stage == "prior":
+            return lambda: prior.sample(model, text, null, seeds, steps=8), 8 / 64
+        return lambda: decoder.sample(model, text["z_t"], text, null, seeds, steps=5), 5 / 50
+    low = torch.zeros(pictures, 3, model.config.low_size, model.config.low_size, device=batch[0].device)
+    return lambda: upsample.sample(model, low, seeds, steps=3), 3 / model.config.steps
+
+
+def measure(stage, args, device, peak):
+    """One row of the table, as a list of strings."""
+    (prepare, build, loss_of, _), recipe = train.STAGES[stage], train.RECIPES[args.preset][stage]
+    recipe = train.replace(recipe, batch_size=args.batch_size or recipe.batch_size)
+    context, _ = prepare(args, device)
+    context |= {"device": device, "seed": 0}
+    model = build(context["config"]).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch = train.to_device(train.Batches(stage, recipe, 0, context["config"])[0], device)
+    low = args.precision == "bfloat16"
+
+    def loss():
+        with torch.autocast(device.type, torch.bfloat16, enabled=low), train.attention_kernel(device, low):
+            return loss_of(model, batch, context)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    train_flops, train_seconds = operations(step), seconds(step, device)
+    with torch.no_grad():
+        forward_flops, forward_seconds = operations(loss), seconds(loss, device)
+    rate = "–"
+    if stage in ("prior", "decoder") or stage.startswith("upsample"):
+        pictures = {"prior": 256, "decoder": 16, "upsample-256": 4}.get(stage, 1)
+        run, share = one_image(stage, model.eval(), batch, context, pictures)
+        rate = f"{pictures * share / seconds(run, device):.3g}"
+    return [stage, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M", str(recipe.batch_size),
+            f"{recipe.batch_size / train_seconds:.3g}", rate, f"{train_flops / 1e9:.3g} G",
+            f"{train_flops / train_seconds / peak:.0%}", f"{forward_flops / forward_seconds / peak:.0%}"]
+
+
+def main():
+    """The script: what --help says."""
+    parser = argparse.ArgumentParser(description="Time every stage's training step and sampler, and set them beside the fastest "
+                                     "matrix product that torch makes on this machine.")
+    parser.add_argument("--preset", default="shapes", choices=train.RECIPES)
+    parser.add_argument("--stages", nargs="+", default=list(train.STAGES), choices=train.STAGES, help="default: all")
+    parser.add_argument("--batch-size", type=int, help="in training; default: the recipe's")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of training (default float32); "
+                        "sampling is float32")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        if args.batch_size is not None and not 2 <= args.batch_size <= 65536:
+            raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
+        device = pick_device(args.device)
+        args.out, args.seed, args.workers = Path(folder), 0, 0
+        train.FIXED_SCENES = 64  # the prior's set need only be there
+        peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
+        contexts(args, device)
+        rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]
+        print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads; a matrix product reaches "
+              f"{peak / 1e9:.3g} G operations a second.\n")
+        print("| stage | parameters | batch | trained, images/s | sampled, images/s | operations a step | of peak, training | "
+              "of peak, forward |\n|---|---|---|---|---|---|---|---|")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
