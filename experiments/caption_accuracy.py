@@ -3,7 +3,8 @@
 In:   picture files with their caption in the PNG text chunk "caption" (as sample.py saves them); without
       files, --n pictures are generated from random captions
 Out:  on stdout, Markdown tables: right / said (percent) of each attribute, for captions of one thing, of two
-      things, and all. The first is the reader's own: scored on true renderings, it shows what it gets wrong
+      things, and all. The first is the reader's own: scored on true renderings, it shows what it gets wrong; the
+      last column of the second is relative to it. --sheet draws the failures, --json keeps every score
 
 The reader explains a picture as background + a · colour + s · lightening: a is the share of each pixel that a
 thing covers, s the share that its light stripes cover. For every shape it looks for the position, radius and
@@ -11,24 +12,28 @@ tilt that leave least unexplained, then for the colour.
 
     python experiments/caption_accuracy.py --weights runs/shapes
     python experiments/caption_accuracy.py samples/*.png
+    python experiments/caption_accuracy.py --caption "a red circle" --n 100     # how varied is what it leaves open?
 """
 
 import argparse
+import json
 import re
 import sys
+import textwrap
+from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
 from train import (BACKGROUNDS, COLOURS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
-                   random_scene, render, what_to_say)
+                   lay_out, random_scene, render, what_to_say)
 
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
 SIDE = 64  # pictures are read at this size
@@ -232,62 +237,102 @@ def score(picture, caption):
     return result | {"all": all(result.values())}
 
 
-def table(scores):
-    """A Markdown table, right / said (percent) of each attribute, of a list of (caption, score of its picture)."""
-    counts = [len(parse_caption(caption).things) for caption, _ in scores]
-    lines = ["| | one thing | two things | all |", "|---|---|---|---|"]
+def rates(scores):
+    """{attribute: {"one thing", "two things", "all": [right, said]}} of a list of (caption, score, picture)."""
+    counts = [len(parse_caption(caption).things) for caption, *_ in scores]
+    groups = {"one thing": {1}, "two things": {2}, "all": set(counts)}
+    right = lambda attribute, group: [bool(s[attribute]) for n, (_, s, _) in zip(counts, scores) if n in group and attribute in s]
+    return {a: {name: [sum(right(a, group)), len(right(a, group))] for name, group in groups.items()} for a in ATTRIBUTES}
+
+
+def table(scores, reader=None):
+    """A Markdown table of the rates of a list of (caption, score, picture), relative to the reader's own where they are given."""
+    own, groups = rates(scores), ["one thing", "two things", "all"]
+    lines = [f"| | {' | '.join(groups)} |{' relative |' if reader else ''}", "|---" * (4 + bool(reader)) + "|"]
     for attribute in ATTRIBUTES:
-        cells = []
-        for group in ((1,), (2,), set(counts)):
-            right = [s[attribute] for n, (_, s) in zip(counts, scores) if n in group and attribute in s]
-            cells.append(f"{sum(right)} / {len(right)} ({np.mean(right):.1%})" if right else "–")
+        cells = [f"{r} / {n} ({r / n:.1%})" if n else "–" for r, n in (own[attribute][group] for group in groups)]
+        if reader:
+            (r, n), (best, of) = own[attribute]["all"], reader[attribute]["all"]
+            cells.append(f"{r / n / (best / of):.3f}" if n and best else "–")
         lines.append(f"| {' | '.join([attribute, *cells])} |")
     return "\n".join(lines)
 
 
+def contact_sheet(scores, columns=6, most=60):
+    """The pictures that don't show all that their captions say, each under what it got wrong and over its caption."""
+    failures = [(c, [a for a in s if not s[a] and a not in ("bound", "all")], p) for c, s, p in scores if not s["all"]][:most]
+    width, height = 200, 2 * SIDE + 56
+    sheet = Image.new("RGB", (columns * width, max(1, -(-len(failures) // columns)) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (caption, wrong, picture) in enumerate(failures):
+        x, y = k % columns * width + 4, k // columns * height + 4
+        draw.text((x, y), ", ".join(wrong), "crimson")
+        sheet.paste(picture.resize((2 * SIDE,) * 2, Image.NEAREST), (x, y + 14))
+        for row, line in enumerate(textwrap.wrap(caption, 32)[:3]):
+            draw.text((x, y + 16 + 2 * SIDE + 11 * row), line, "black")
+    return sheet
+
+
+def scene_of(caption, rng):
+    """A random Scene that shows what a caption says: what it leaves open is drawn as random_scene draws it."""
+    said = parse_caption(caption)
+    scene = random_scene(rng, len(said.things))
+    things = tuple(replace(t, **{a: getattr(s, a) for a in VALUES if getattr(s, a)}) for t, s in zip(scene.things, said.things))
+    relation = said.relation or scene.relation
+    return lay_out(replace(scene, things=things, relation=relation, background=said.background or scene.background), rng)
+
+
+def spread(pictures):
+    """{"x", "y", "radius": standard deviation in shares of the side} of the single things that pictures show."""
+    things = [scene.things[0] for scene in map(read_scene, pictures) if len(scene.things) == 1]
+    return {name: float(np.std([getattr(t, name) for t in things])) if things else float("nan") for name in ("x", "y", "radius")}
+
+
 def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
-    """(caption, score) of n true renderings, changed by `change`, against captions that say everything of them."""
+    """(caption, score, None) of n true renderings, changed by `change`, against captions that say everything of them."""
     scores = []
     for k in tqdm(range(n), "self-test", disable=not bar):
         rng = np.random.default_rng([seed, k])
         scene = random_scene(rng, held_out=k % 8 == 0)
         said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
         caption = describe(scene, said, rng)
-        scores.append((caption, score(change(render(scene, size)), caption)))
+        scores.append((caption, score(change(render(scene, size)), caption), None))
     return scores
 
 
 def generated(args):
-    """(caption, score) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
+    """(caption, score, picture) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
     stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
     options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_"))}
     captions, scores = [], []
     for k in range(args.n):
         rng = np.random.default_rng([args.seed, k])
         scene = random_scene(rng, args.things, args.held_out)
-        captions.append(describe(scene, what_to_say(scene, rng), rng))
+        captions.append(args.caption or describe(scene, what_to_say(scene, rng), rng))
     with tqdm(total=args.n, desc="pictures") as bar:
         for k in range(0, args.n, sample.BATCH[64]):
             some = captions[k:k + sample.BATCH[64]]
             for caption, image in zip(some, sample.generate(stack, some, args.seed + k, args.size, **options)):
-                scores.append((caption, score(sample.to_picture(image), caption)))
+                picture = sample.to_picture(image)
+                scores.append((caption, score(picture, caption), picture.resize((SIDE, SIDE), Image.BOX)))
                 bar.update()
     return scores
 
 
 def read_file(path):
-    """(caption, score) of a picture file. Raises UserError where it is no picture or has no caption."""
+    """(caption, score, picture) of a picture file. Raises UserError where it is no picture or has no caption."""
     try:
         with Image.open(path) as file:
             picture, caption = file.convert("RGB"), file.info.get("caption")
         if caption is None:
             raise UserError('has no text chunk "caption" (sample.py writes one)')
-        return caption, score(picture, caption)
+        return caption, score(picture, caption), picture.resize((SIDE, SIDE), Image.BOX)
     except (UserError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def main():
+    """The script: what --help says."""
     parser = argparse.ArgumentParser(
         description="Score pictures against their captions, attribute by attribute, by reading them back from pixels. "
         "The reader is first scored on true renderings, so that its own errors are known.")
@@ -298,6 +343,7 @@ def main():
     add("--n", type=int, default=200, help="pictures to generate (default 200; 0: only the self-test)")
     add("--seed", type=int, default=0, help="picture k: caption from (seed, k), noise from seed + k (default 0)")
     add("--size", type=int, default=64, choices=sample.SIZES, help="pixels a side (default 64)")
+    add("--caption", help="one caption for all pictures; of a single thing's, the spread of place and radius is printed")
     add("--things", type=int, choices=(1, 2), help="only captions of so many things")
     add("--held-out", action="store_true", help="only scenes with a colour-shape pair that training never shows")
     add("--weights", type=Path, default=sample.SHIPPED, metavar="DIR",
@@ -305,6 +351,8 @@ def main():
     for stage in ("prior", "decoder"):
         add(f"--{stage}-guidance", type=float, default=argparse.SUPPRESS, help="as in sample.py")
         add(f"--{stage}-steps", type=int, default=argparse.SUPPRESS, help="as in sample.py")
+    add("--sheet", type=Path, metavar="PNG", help="draw the pictures that fail, with what they got wrong")
+    add("--json", type=Path, help="write settings, rates and every caption's score")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors():
@@ -313,15 +361,24 @@ def main():
             if not low <= getattr(args, name, low) <= high:
                 option = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 raise UserError(f"{option}: must be between {low} and {high:.0f}")
+        reader = None
         if args.self_test:
             scores = self_test(args.self_test, args.seed, args.size, bar=True)
+            reader = rates(scores)
             print(f"The reader, on {len(scores)} true renderings:\n\n{table(scores)}\n", flush=True)
-        if args.pictures:
-            scores = [read_file(path) for path in tqdm(args.pictures)]
-            print(f"{len(scores)} pictures:\n\n{table(scores)}")
-        elif args.n:
-            scores = generated(args)
-            print(f"{len(scores)} generated pictures:\n\n{table(scores)}")
+        scores = [read_file(path) for path in tqdm(args.pictures)] if args.pictures else generated(args) if args.n else []
+        if scores:
+            print(f"{len(scores)} {'' if args.pictures else 'generated '}pictures:\n\n{table(scores, reader)}")
+        if scores and args.caption and len(parse_caption(args.caption).things) == 1:
+            true = [render(scene_of(args.caption, np.random.default_rng([args.seed, k])), SIDE) for k in range(1000)]
+            for name, pictures in (("generated", [p for _, _, p in scores]), ("true renderings", true)):
+                print(f"spread, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in spread(pictures).items()))
+        if args.sheet:
+            contact_sheet(scores).save(args.sheet)
+        if args.json:
+            each = [{"caption": c, **{a: bool(r) for a, r in s.items()}} for c, s, _ in scores]
+            settings = {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(args).items() if k != "pictures"}
+            args.json.write_text(json.dumps({"settings": settings, "reader": reader, "rates": rates(scores), "scores": each}, indent=1))
 
 
 if __name__ == "__main__":

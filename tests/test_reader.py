@@ -1,5 +1,6 @@
 """The reader of scenes (experiments/caption_accuracy.py): captions, true renderings, and pictures that are wrong."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +21,8 @@ SCENE = Scene((CIRCLE, STAR), "left of", "pink", 0.03)
 
 
 def shares(scores):
-    """How often each attribute is right, of (caption, score)."""
-    return {a: np.mean([s[a] for _, s in scores if a in s]) for a in caption_accuracy.ATTRIBUTES}
+    """How often each attribute is right, of (caption, score, picture)."""
+    return {a: np.mean([s[a] for _, s, _ in scores if a in s]) for a in caption_accuracy.ATTRIBUTES}
 
 
 def test_a_caption_is_parsed_into_exactly_what_it_says():
@@ -125,11 +126,34 @@ def test_no_picture_makes_the_reader_fail():
 
 
 def test_the_table_gives_right_of_said_for_each_number_of_things():
-    scores = [("a red star", {"count": True, "colour": False}), ("a star and a star", {"count": True})]
+    scores = [("a red star", {"count": True, "colour": False}, None), ("a star and a star", {"count": True}, None)]
     lines = table(scores).splitlines()
     assert lines[0] == "| | one thing | two things | all |"
     assert "| count | 1 / 1 (100.0%) | 1 / 1 (100.0%) | 2 / 2 (100.0%) |" in lines
     assert "| colour | 0 / 1 (0.0%) | – | 0 / 1 (0.0%) |" in lines
+    half = table(scores, {a: {"all": [1, 2]} for a in caption_accuracy.ATTRIBUTES}).splitlines()  # a reader right half the time
+    assert any(line.startswith("| count |") and line.endswith("| 2.000 |") for line in half)
+
+
+def test_a_scene_made_from_a_caption_shows_what_it_says_and_varies_in_the_rest():
+    scenes = [caption_accuracy.scene_of("a striped star above a small red circle on mint", np.random.default_rng(k)) for k in range(60)]
+    assert all(score(render(s, 64), "a striped star above a small red circle on mint")["all"] for s in scenes)
+    assert len({s.things[0].colour for s in scenes}) == 7 and {s.things[1].fill for s in scenes} == {"solid", "striped"}
+
+
+def test_spread_is_the_deviation_of_place_and_radius():
+    scenes = [Scene((Thing("circle", "red", "large", "solid", x, 0.5, 0.18),), None, "white", 0.0) for x in (0.3, 0.7)]
+    found = caption_accuracy.spread([render(s, 64) for s in scenes])
+    assert abs(found["x"] - 0.2) < 0.01 and found["y"] < 0.01 and found["radius"] < 0.01
+
+
+def test_the_contact_sheet_holds_the_failures_alone():
+    good, bad = render(SCENE, 64), render(Scene((CIRCLE,), None, "pink", 0.0), 64)
+    scores = [(CAPTION, score(p, CAPTION), p) for p in (good, bad, good)]
+    sheet = caption_accuracy.contact_sheet(scores, columns=2)
+    assert sheet.height == caption_accuracy.contact_sheet(scores[1:2], columns=2).height  # one row: one failure
+    shown = np.asarray(sheet)[18:18 + 128, 4:132]
+    assert (shown == np.asarray(bad.resize((128, 128), 0))).all()
 
 
 def test_files_carry_their_captions(tmp_path, monkeypatch, capsys):
@@ -139,12 +163,14 @@ def test_files_carry_their_captions(tmp_path, monkeypatch, capsys):
     render(SCENE, 64).save(tmp_path / "mute.png")
     (tmp_path / "text.png").write_text("no picture")
 
-    def run(name):
-        monkeypatch.setattr("sys.argv", ["caption_accuracy.py", "--self-test", "0", str(tmp_path / name)])
+    def run(name, *options):
+        monkeypatch.setattr("sys.argv", ["caption_accuracy.py", "--self-test", "0", str(tmp_path / name), *options])
         caption_accuracy.main()
 
     run("good.png")
     assert "| all | – | 1 / 1 (100.0%) | 1 / 1 (100.0%) |" in capsys.readouterr().out
+    run("good.png", "--json", str(tmp_path / "scores.json"), "--sheet", str(tmp_path / "sheet.png"))
+    assert json.loads((tmp_path / "scores.json").read_text())["rates"]["all"]["two things"] == [1, 1]
     for name, message in (("mute.png", "no text chunk"), ("text.png", "cannot identify"), ("none.png", "No such file")):
         with pytest.raises(SystemExit) as stop:
             run(name)
