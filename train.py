@@ -145,8 +145,9 @@ def describe(scene, said, rng):
 def near_miss(scene, said, rng):
     """A scene that the same kind of caption tells apart from this one by a single thing that the caption says.
 
-    Half of the time, where it can be, two things swap an attribute ("red circle, blue star" beside "blue
-    circle, red star"): only a CLIP that binds attributes to objects can tell those captions apart.
+    What is hardest to learn comes oftenest. Where it can be, two things swap an attribute a third of the time ("red circle,
+    blue star" beside "blue circle, red star"), and another third stand in another relation: only a CLIP that binds
+    attributes and places to objects can tell those captions apart. Else one attribute changes, half of the time the shape.
     """
     things = scene.things
     told = [{a: getattr(t, a) for a in VALUES if a == "shape" or (k, a) in said} for k, t in enumerate(things)]
@@ -154,19 +155,21 @@ def near_miss(scene, said, rng):
              and a in told[0] and a in told[1]  # and the captions must differ: in where the things are, or in what they are
              and ("relation" in said or any(told[0].get(b) != told[1].get(b) for b in VALUES if b != a))]
     while True:
-        if swaps and rng.random() < 0.5:
+        a = pick(rng, ["attribute"] + ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
+        k = rng.integers(len(things))
+        if a == "attribute":
+            easy = [s[1] for s in sorted(s for s in said if s[0] == k)] + ["background"] * ("background" in said)
+            a = pick(rng, easy) if easy and rng.random() < 0.5 else "shape"
+        if a == "swap":
             a = pick(rng, swaps)
             other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
+        elif a == "relation":
+            other = replace(scene, relation=pick(rng, [r for r in RELATIONS if r != scene.relation]))
+        elif a == "background":
+            other = replace(scene, background=pick(rng, [b for b in BACKGROUNDS if b != scene.background]))
         else:
-            k = rng.integers(len(things))
-            a = pick(rng, sorted(["shape"] + [s[1] for s in said if s[0] == k] + [s for s in said if isinstance(s, str)]))
-            if a == "relation":
-                other = replace(scene, relation=pick(rng, [r for r in RELATIONS if r != scene.relation]))
-            elif a == "background":
-                other = replace(scene, background=pick(rng, [b for b in BACKGROUNDS if b != scene.background]))
-            else:
-                new = replace(things[k], **{a: pick(rng, [v for v in VALUES[a] if v != getattr(things[k], a)])})
-                other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
+            new = replace(things[k], **{a: pick(rng, [v for v in VALUES[a] if v != getattr(things[k], a)])})
+            other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
         if not is_held_out(other):
             return lay_out(other, rng) if a in ("size", "relation") else other
 
