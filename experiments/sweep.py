@@ -1,0 +1,109 @@
+"""Which guidance, and how many steps? Caption accuracy of the whole chain against each, everything else at its default.
+
+In:   a folder of checkpoints; the decoder's guidance scales and numbers of steps to try
+Out:  on stdout, a Markdown table: how often everything that a caption says is right, for one thing and two, and
+      the seconds a picture takes; --plot draws it, with one standard error up and down
+
+The same captions and the same noise serve for every setting, so that differences are the setting's.
+
+    python experiments/sweep.py --n 200 --plot docs/sweep.png
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from caption_accuracy import score
+from clip_embed import UserError, one_line_errors, pick_device
+from train import describe, random_scene, what_to_say
+
+LINES = {"one thing": "royalblue", "two things": "darkorange"}
+
+
+def captions_of(n, seed):
+    """n captions, of one thing and of two by turns."""
+    captions = []
+    for k in range(n):
+        rng = np.random.default_rng([seed, 1 << 20, k])
+        scene = random_scene(rng, 1 + k % 2)
+        captions.append(describe(scene, what_to_say(scene, rng), rng))
+    return captions
+
+
+def measure(stack, captions, seed, **options):
+    """({"one thing", "two things": (share right, its standard error)}, seconds a picture) with options for sample.generate."""
+    began, right = time.perf_counter(), []
+    for first in range(0, len(captions), sample.BATCH[64]):
+        some = captions[first:first + sample.BATCH[64]]
+        images = sample.generate(stack, some, seed + first, **options)
+        right += [score(sample.to_picture(image), caption)["all"] for caption, image in zip(some, images)]
+    groups = {name: np.array(right[k::2], float) for k, name in enumerate(LINES)}
+    return ({name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in groups.items()},
+            (time.perf_counter() - began) / len(captions))
+
+
+def plot(panels, path):
+    """Draw {title: [(setting, shares)]} side by side: accuracy upwards from 0 to 1, the settings evenly spaced."""
+    width, height, left, top, bottom = 420, 300, 46, 30, 40
+    picture = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, (title, points) in enumerate(panels.items()):
+        to_xy = lambda k, share: (n * width + left + 20 + (width - left - 60) * k / max(1, len(points) - 1),
+                                  top + (height - top - bottom) * (1 - share))
+        draw.text((n * width + left, 8), f"everything right, against {title}", "black")
+        for share in np.linspace(0, 1, 6):
+            y = to_xy(0, share)[1]
+            draw.line([(n * width + left, y), ((n + 1) * width - 20, y)], "gainsboro")
+            draw.text((n * width + 8, y - 6), f"{share:.0%}", "black")
+        for k, (setting, _) in enumerate(points):
+            draw.text((to_xy(k, 0)[0] - 8, height - bottom + 8), f"{setting:g}", "black")
+        for row, (name, colour) in enumerate(LINES.items()):
+            draw.line([to_xy(k, shares[name][0]) for k, (_, shares) in enumerate(points)], colour, 2)
+            for k, (_, shares) in enumerate(points):
+                mean, error = shares[name]
+                draw.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
+            draw.text((n * width + left + 8 + 90 * row, height - 16), name, colour)
+    picture.save(path)
+
+
+def main():
+    """The script: what --help says."""
+    parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, then its steps, and read back how often the pictures "
+                                     "show all that their captions say.")
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")
+    parser.add_argument("--steps", type=int, nargs="*", default=[10, 25, 50, 100, 250], help="steps (default 10 25 50 100 250)")
+    parser.add_argument("--n", type=int, default=100, help="captions, half of one thing, half of two (default 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw both sweeps")
+    parser.add_argument("--json", type=Path, help="write the numbers")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors():
+        if not 2 <= args.n <= 100_000 or any(not 0 <= g <= 100 for g in args.guidance) or any(not 1 <= s <= 990 for s in args.steps):
+            raise UserError("--n must be between 2 and 100000, each --guidance between 0 and 100, each --steps between 1 and 990")
+        stack = sample.load_stack(args.weights, pick_device(args.device))
+        captions, panels = captions_of(args.n, args.seed), {}
+        print("| | one thing | two things | seconds a picture |\n|---|---|---|---|")
+        for title, key, settings in (("guidance", "decoder_guidance", args.guidance), ("steps", "decoder_steps", args.steps)):
+            for setting in tqdm(settings, title):
+                shares, seconds = measure(stack, captions, args.seed, **{key: setting})
+                panels.setdefault(title, []).append((setting, shares))
+                cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
+                print(f"| {title} {setting:g} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
+        if args.plot and panels:
+            plot(panels, args.plot)
+        if args.json:
+            args.json.write_text(json.dumps({"n": args.n, "seed": args.seed, **panels}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
