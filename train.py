@@ -142,36 +142,42 @@ def describe(scene, said, rng):
     return pick(rng, ("", "", "there is ", "a picture of ")) + text
 
 
-def near_miss(scene, said, rng):
-    """A scene that the same kind of caption tells apart from this one by a single thing that the caption says.
+def meaning(scene, said):
+    """What a caption that says `said` of a scene tells, whatever its wording: equal for captions that mean the same."""
+    things = [tuple((a, getattr(t, a)) for a in VALUES if a == "shape" or (k, a) in said) for k, t in enumerate(scene.things)]
+    relation = scene.relation if "relation" in said else None
+    if relation in ("right of", "below"):
+        things, relation = things[::-1], RELATIONS[relation]
+    return tuple(things if relation else sorted(things)), relation, scene.background if "background" in said else None
 
-    What is hardest to learn comes oftenest. Where it can be, two things swap an attribute a third of the time ("red circle,
-    blue star" beside "blue circle, red star"), and another third stand in another relation: only a CLIP that binds
-    attributes and places to objects can tell those captions apart. Else one attribute changes, half of the time the shape.
+
+def near_misses(scene, said, rng, n=3):
+    """n scenes that the same kind of caption tells from this one, and from one another, by one thing that it says.
+
+    What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
+    "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
+    tell those captions apart. Else one attribute changes, half of the time the shape.
     """
-    things = scene.things
-    told = [{a: getattr(t, a) for a in VALUES if a == "shape" or (k, a) in said} for k, t in enumerate(things)]
-    swaps = [a for a in VALUES if len(things) == 2 and getattr(things[0], a) != getattr(things[1], a)
-             and a in told[0] and a in told[1]  # and the captions must differ: in where the things are, or in what they are
-             and ("relation" in said or any(told[0].get(b) != told[1].get(b) for b in VALUES if b != a))]
-    while True:
+    things, group = scene.things, [scene]
+    swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= said)]
+    while len(group) <= n:
         a = pick(rng, ["attribute"] + ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
         k = rng.integers(len(things))
         if a == "attribute":
-            easy = [s[1] for s in sorted(s for s in said if s[0] == k)] + ["background"] * ("background" in said)
+            easy = sorted(s[1] for s in said if s[0] == k) + ["background"] * ("background" in said)
             a = pick(rng, easy) if easy and rng.random() < 0.5 else "shape"
         if a == "swap":
             a = pick(rng, swaps)
             other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
-        elif a == "relation":
-            other = replace(scene, relation=pick(rng, [r for r in RELATIONS if r != scene.relation]))
-        elif a == "background":
-            other = replace(scene, background=pick(rng, [b for b in BACKGROUNDS if b != scene.background]))
+        elif a in ("relation", "background"):
+            values = RELATIONS if a == "relation" else BACKGROUNDS
+            other = replace(scene, **{a: pick(rng, [v for v in values if v != getattr(scene, a)])})
         else:
             new = replace(things[k], **{a: pick(rng, [v for v in VALUES[a] if v != getattr(things[k], a)])})
             other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
-        if not is_held_out(other):
-            return lay_out(other, rng) if a in ("size", "relation") else other
+        if not is_held_out(other) and meaning(other, said) not in [meaning(s, said) for s in group]:
+            group.append(lay_out(other, rng) if a in ("size", "relation") else other)
+    return group[1:]
 
 
 def outline(shape):
@@ -236,7 +242,7 @@ def corpus(n=2000, seed=0):
 class Batches(Dataset):
     """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
 
-    clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside its near miss, and no
+    clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no
     caption comes twice (a duplicate would be a false negative). prior: numbers of scenes in the fixed set whose z_i
     are computed beforehand, and captions. upsamplers: (high, low) crops, four of a scene.
     """
@@ -258,12 +264,12 @@ class Batches(Dataset):
         while len(images) < self.batch_size:
             scene = random_scene(rng)
             said = what_to_say(scene, rng)
-            group = [scene, near_miss(scene, said, rng)] if self.stage == "clip" else [scene]
+            group = [scene, *near_misses(scene, said, rng)] if self.stage == "clip" else [scene]
             words = [describe(s, said, rng) for s in group]
             if self.stage != "clip" or len(set(words) - set(captions)) == len(words):
                 images += [to_tensor(render(s, 64)) for s in group]
                 captions += words
-        return torch.stack(images), captions
+        return torch.stack(images[:self.batch_size]), captions[:self.batch_size]
 
 
 FIXED_SCENES = 65536  # the prior's set: it sees embeddings, which can be kept, and fresh captions of them

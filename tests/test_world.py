@@ -47,18 +47,31 @@ def test_captions_leave_each_attribute_out_about_a_third_of_the_time():
         assert (scene.background in caption) == ("background" in words)
 
 
-def test_a_near_miss_differs_in_what_the_caption_says():
-    rng, same, swaps = np.random.default_rng(0), 0, 0
-    for scene in scenes(500):
+def test_near_misses_differ_in_what_the_caption_says_and_from_one_another():
+    rng, swaps, relations = np.random.default_rng(0), 0, 0
+    for scene in scenes(300):
         said = train.what_to_say(scene, rng)
-        other = train.near_miss(scene, said, rng)
-        assert not train.is_held_out(other) and len(other.things) == len(scene.things)
+        group = [scene, *train.near_misses(scene, said, rng)]
         facts = [{(k, a): getattr(t, a) for k, t in enumerate(s.things) for a in train.VALUES} |
-                 {"relation": s.relation, "background": s.background} for s in (scene, other)]
-        changed = {k for k in facts[0] if facts[0][k] != facts[1][k]}
-        assert changed and all(k in said or k[1] == "shape" for k in changed)
-        swaps += len(changed) == 2
-    assert swaps > 80
+                 {"relation": s.relation, "background": s.background} for s in group]
+        for s, fact in zip(group[1:], facts[1:]):
+            assert not train.is_held_out(s) and len(s.things) == len(scene.things)
+            changed = {k for k in fact if fact[k] != facts[0][k]}
+            assert changed and all(k in said or k[1] == "shape" for k in changed)
+            swaps += len(changed) == 2
+            relations += changed == {"relation"}
+        captions = [train.describe(s, said, np.random.default_rng(5)) for s in group]  # the same wording for all
+        assert len(set(captions)) == 4
+    assert swaps > 60 and relations > 60
+
+
+def test_captions_that_mean_the_same_have_one_meaning():
+    red, blue = (train.Thing("circle", c, "small", "solid") for c in ("red", "blue"))
+    scene = lambda first, second, relation: train.Scene((first, second), relation, "white", 0.0)
+    said = {(0, "colour"), (1, "colour"), "relation"}
+    assert train.meaning(scene(red, blue, "above"), said) == train.meaning(scene(blue, red, "below"), said)
+    assert train.meaning(scene(red, blue, "above"), said) != train.meaning(scene(blue, red, "above"), said)
+    assert train.meaning(scene(red, blue, "above"), said - {"relation"}) == train.meaning(scene(blue, red, "above"), said - {"relation"})
 
 
 def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice():
