@@ -1,0 +1,35 @@
+"""The measurements under experiments/, each on a case whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+import speed
+import sweep
+import upsamplers
+from train import COLOURS, Thing
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.0])
+def test_the_width_of_a_gaussian_edge_is_twice_the_90th_percentile(sigma):
+    thing = Thing("circle", "blue", "large", "solid", 0.45, 0.55, 0.2)
+    y, x = np.mgrid[:256, :256] + 0.5
+    distance = np.hypot(x - 0.45 * 256, y - 0.55 * 256) - 0.2 * 256
+    share = torch.special.ndtr(torch.tensor(-distance / sigma)).numpy()[..., None]
+    plain = np.full((256, 256, 3), 200.0)
+    widths = upsamplers.edge_widths(share * np.array(COLOURS["blue"]) + (1 - share) * plain, thing, plain)
+    assert len(widths) == 16 and np.allclose(widths, 2 * 1.28155 * sigma, atol=0.15 * sigma + 0.1)
+
+
+def test_operations_of_a_matrix_product_are_counted():
+    a, b = torch.randn(8, 32), torch.randn(32, 4)
+    assert speed.operations(lambda: a @ b) == 2 * 8 * 32 * 4
+
+
+def test_the_sweep_scores_one_thing_and_two_by_turns(monkeypatch):
+    captions = sweep.captions_of(6, seed=0)
+    assert captions == sweep.captions_of(6, seed=0) and captions != sweep.captions_of(6, seed=1)
+    monkeypatch.setattr(sweep.sample, "generate", lambda stack, some, seed, **options: torch.zeros(len(some), 3, 64, 64))
+    monkeypatch.setattr(sweep, "score", lambda picture, caption: {"all": caption in captions[::2]})
+    shares, _ = sweep.measure({}, captions, 0, decoder_steps=1)
+    assert shares == {"one thing": (1.0, 0.0), "two things": (0.0, 0.0)}
