@@ -468,6 +468,11 @@ def train(stage, args, device):
     context |= {"device": device, "seed": args.seed}
     config = context["config"]
     model = build(config).to(device, memory_format=torch.channels_last)
+    if args.init and not path.exists():
+        given = clip_embed.read_checkpoint(args.init, stage)
+        if given["config"] != asdict(config):
+            raise UserError(f"{args.init}: has other sizes than the {stage} of preset {args.preset}")
+        model.load_state_dict(clip_embed.load_model(build, type(config), given, args.init).state_dict())
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
@@ -622,6 +627,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
@@ -636,6 +642,8 @@ def main():
                                 ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
+        if args.init and args.stage not in STAGES:
+            raise UserError(f"--init {args.init}: a checkpoint is one stage's; train that stage alone")
         device = pick_device(args.device)
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.preset)

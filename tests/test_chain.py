@@ -41,7 +41,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
-                              precision="float32", workers=0, log_every=3, save_every=1)
+                              init=None, precision="float32", workers=0, log_every=3, save_every=1)
 
 
 def stopped_after(monkeypatch, saves):
@@ -94,6 +94,25 @@ def test_a_run_is_not_overwritten_and_a_bad_loss_stops_it(tiny, monkeypatch):
     with pytest.raises(UserError, match="loss at step 4 is nan"):
         train.train("upsample-256", tiny, torch.device("cpu"))
     assert (tiny.out / "upsample-256.pt").read_bytes() == before
+
+
+def test_init_starts_from_a_checkpoints_weights(tiny):
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    tiny.init, first = tiny.out / "upsample-256.pt", torch.load(tiny.out / "upsample-256.pt", weights_only=True)["model"]
+    tiny.out, tiny.steps, tiny.learning_rate = tiny.out.parent / "fine", 1, 1e-9
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    second = torch.load(tiny.out / "upsample-256.pt", weights_only=True)["training"]["model"]
+    assert all(torch.allclose(first[k], second[k], atol=1e-7) for k in first)
+    tiny.out = tiny.out.parent / "other"
+    with pytest.raises(UserError, match="has other sizes"):
+        train.train("upsample-1024", argparse.Namespace(**vars(tiny) | {"init": resaved(tiny.init, stage="upsample-1024")}), torch.device("cpu"))
+
+
+def resaved(path, **changes):
+    """The path of a copy of a checkpoint in which some entries are others."""
+    copy = path.with_name("copy.pt")
+    torch.save(torch.load(path, weights_only=True) | changes, copy)
+    return copy
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
