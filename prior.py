@@ -10,17 +10,15 @@ The diffusion prior is a diffusion model P(z_i|y) whose network is a decoder-onl
 What comes out at the last position is the prediction of z_i itself, not of the noise: the loss is
 E‖f(z_i^(t), t, y) − z_i‖². To sample: 64 of the 1000 steps, ancestral with the analytic variance, twice over; the
 candidate closer to z_t is kept. Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of
-deviation 1 at nearly every step. The paper multiplies by 17.2, which at d = 1024 makes their deviation 0.54, that of
-ImageNet's pixels in [−1, 1]; we keep that deviation at any d. Everyone outside this file sees unit vectors.
+deviation 1 at nearly every step: inside this file they are scaled to the paper's deviation, 0.54 (scale), outside never.
 
-The autoregressive prior writes z_i as a sequence of numbers: its principal components, the largest variance first, as
-many as keep 99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other:
+The autoregressive prior writes z_i as a sequence: its principal components, the largest variance first, as many as keep
+99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other:
 
     z_t | bucket of z_i·z_t | code 1 | … | code K − 1      →      code 1, …, code K
 
 To sample, the second token is drawn from the top half of those seen in training: it asks for a z_i that fits the caption.
-
-Both drop the caption 10% of the time in training, so that sampling can be guided.
+Both priors drop the caption 10% of the time in training, so that sampling can be guided.
 
     python prior.py "a red circle"           # draws z_i for a caption from each prior and compares them
 """
@@ -72,7 +70,7 @@ AR_PRESETS = {
     "laptop": ARConfig(embed_dim=512, clip_text_width=512, components=256, width=768, layers=12, heads=12),
     "paper": ARConfig(),
 }
-PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appendix C)
+PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appendix C): 0.54, that of ImageNet's pixels in [−1, 1]
 
 
 # ----------------------------------------------------------------------------- Gaussian diffusion
@@ -136,7 +134,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, mask, cache=None):
-        """x (B, S, width); cache: a list of the keys and the values (B, ·, width) of what stands before x; x's are added to it."""
+        """x (B, S, width); cache: [keys, values], (B, ·, width) each, of what stands before x, to which x's own are added."""
         q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
         if cache is not None:
             cache[:] = k, v = [torch.cat([old, new], 1) for old, new in zip(cache, (k, v))]
@@ -146,10 +144,7 @@ class Block(nn.Module):
 
 
 class DiffusionPrior(nn.Module):
-    """f(z_i^(t), t, y): the transformer that predicts the unnoised z_i (§2.2). In and out at the diffusion's scale.
-
-    Its buffer `errors` (1000,) is estimate_errors' after training, 0 before: what the analytic variance needs.
-    """
+    """f(z_i^(t), t, y): the transformer that predicts the unnoised z_i (§2.2). In and out at the diffusion's scale."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,13 +159,12 @@ class DiffusionPrior(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.ln_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
-        self.register_buffer("errors", torch.zeros(1000))
+        self.register_buffer("errors", torch.zeros(1000))  # after training, estimate_errors': what the analytic variance needs
 
     def forward(self, z_i_t, t, text, cache=None):
         """z_i_t (B, d) noised, t (B,), text {"states", "z_t", "mask"} of B captions → the estimate of z_i (B, d).
 
-        cache: a list, empty at first. The caption's places and z_t's see neither t nor z_i: with it, only the first of many
-        calls for the same captions computes them.
+        cache: a list, empty at first. What stands before t sees neither t nor z_i: with a cache only the first call computes it.
         """
         c = self.config
         states, mask = text["states"][:, :c.text_context], text["mask"][:, :c.text_context]
@@ -209,26 +203,24 @@ def pca(batches):
         z = z.cpu().double()
         if not torch.isfinite(z).all():
             raise ValueError("PCA: an embedding holds values that are not finite (NaN or infinity)")
-        off, total = z.mean(0) - mean, n + len(z)
-        scatter = scatter + (z - z.mean(0)).T @ (z - z.mean(0)) + n * len(z) / total * torch.outer(off, off)
-        n, mean = total, mean + off * (len(z) / total)
+        off, share = z.mean(0) - mean, len(z) / max(1, n + len(z))
+        scatter = scatter + (z - z.mean(0)).T @ (z - z.mean(0)) + n * share * torch.outer(off, off)
+        n, mean = n + len(z), mean + share * off
     if n < len(mean):
         raise ValueError(f"PCA: {n} embeddings cannot give {len(mean)} components; at least as many embeddings are needed")
     covariance = scatter / n
     constant = (covariance.diagonal() <= 1e-12 * covariance.diagonal().max()).nonzero().flatten().tolist()
     if constant:
-        raise ValueError(f"PCA: {len(constant)} of {len(mean)} coordinates are the same in every embedding, coordinate "
-                         f"{constant[0]} for one")
+        raise ValueError(f"PCA: coordinate {constant[0]} is the same in every embedding ({len(constant)} of {len(mean)} are)")
     variances, vectors = torch.linalg.eigh(covariance)  # ascending
     return mean, vectors.T.flip(0), variances.flip(0)
 
 
 def quantile_buckets(values, buckets):
-    """Edges (…, buckets − 1) between buckets that hold equally many of values (…, n), and centres (…, buckets), their medians.
+    """Edges (…, buckets − 1) and centres (…, buckets), the medians, of buckets that hold equally many of values (…, n).
 
-    Equally full buckets are fine where there is much to tell apart, and a bucket's number is its rank among the training
-    values: the same thing in each dimension, uniform before anything is known. Equally wide ones would leave most of the
-    1024 to the tails.
+    Equally full buckets are fine where there is much to tell apart, and a bucket's number is a rank: it means the same in
+    each dimension, and before anything is known all are equally likely. Equally wide ones leave most of 1024 to the tails.
     """
     values = values.sort().values
     where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)
@@ -241,39 +233,37 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     """The arrays that turn training embeddings z_i (N, d) into codes: {"mean", "components", "edges", "centres"} (§2.2).
 
     Kept are the fewest components for which what is cut off and what quantization blurs is under 1% of the variance (319 of
-    the paper's 1024). Buckets are made from at most 131,072 of the embeddings. Raises ValueError as pca does, and where
-    the buckets alone lose too much.
+    the paper's 1024). At most 131,072 embeddings make the buckets. Raises ValueError as pca does, and for too few buckets.
     """
     mean, components, variances = pca(z_i.split(8192))
-    values = (z_i[::-(-len(z_i) // 131072)].cpu().double() - mean) @ components.T
-    values = values.T.contiguous()  # (d, n)
+    values = ((z_i[::-(-len(z_i) // 131072)].cpu().double() - mean) @ components.T).T.contiguous()  # (d, n)
     edges, centres = quantile_buckets(values, buckets)
     blurred = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
     lost = 1 - (variances - blurred).cumsum(0) / variances.sum()
     if not (lost < lose).any():
-        raise ValueError(f"{buckets} buckets lose {lost.min():.1%} of the variance with every component kept, {lose:.1%} at most may go")
-    kept = int((lost < lose).nonzero().min()) + 1
-    return {"mean": mean.float()} | {k: v[:kept].float() for k, v in (("components", components), ("edges", edges), ("centres", centres))}
+        raise ValueError(f"{buckets} buckets lose {lost.min():.1%} of the variance, however many components are kept")
+    kept = slice(int((lost < lose).nonzero().min()) + 1)
+    codes = {"mean": mean, "components": components[kept], "edges": edges[kept], "centres": centres[kept]}
+    return {k: v.float() for k, v in codes.items()}
 
 
 def cosines(buckets, width):
     """(buckets, width) cosines and sines of each bucket's rank, with half a wave to 64 waves from the first to the last."""
-    angle = math.pi * (torch.arange(buckets)[:, None] + 0.5) / buckets * 128 ** torch.linspace(0, 1, width // 2)
-    return torch.cat([angle.cos(), angle.sin()], 1)
+    angle = math.pi * (torch.arange(buckets)[:, None] + 0.5) / buckets * 128 ** torch.linspace(0, 1, (width + 1) // 2)
+    return torch.cat([angle.cos(), angle.sin()], 1)[:, :width]
 
 
 class ARPrior(nn.Module):
     """P(code | earlier codes, z_i·z_t, z_t, y), code by code: a causal transformer (§2.2).
 
     How the caption comes in, ours: each block's keys and values begin with the caption's, made from CLIP's states, as the
-    decoder's attention has them. Table 3 names a text encoder and a latent decoder whose context of 384 holds z_t, the dot
-    product and 319 codes, but not 256 caption tokens before them; built in full the two have 2.0 billion parameters, the
-    table says 1. CLIP's text tower, which the diffusion prior reads too, is our text encoder, and the latent decoder with
-    its keys and values for the caption has 0.94 billion.
+    decoder's attention has them. Table 3's latent decoder has a context of 384: room for z_t, the dot product and 319
+    codes, not for 256 caption tokens before them. With the text encoder of that column it would have 2.0 billion parameters
+    where the table says 1: CLIP's text tower, which the diffusion prior reads too, is our text encoder, and the latent
+    decoder, with its keys and values for the caption, has 0.94 billion.
 
-    Buckets are ordered, so their vectors start from cosines of their rank, and so do, through the same table, the logits:
-    neighbours are alike from the start and need not each be learned. Each place scales them in a way of its own,
-    or the third bucket of one component would look like the third bucket of every other.
+    Buckets are ordered, so their vectors, which the logits use too, start from cosines of their rank: neighbours are alike and
+    need not each be learned. Each place scales them in a way of its own, or all components' third buckets would look alike.
     """
 
     def __init__(self, config):
@@ -290,8 +280,8 @@ class ARPrior(nn.Module):
         self.out = nn.Linear(c.width, c.width)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)  # all buckets equally likely, which they are
         K, n = c.components, c.buckets
-        for name, shape in (("mean", (c.embed_dim,)), ("components", (K, c.embed_dim)), ("edges", (K, n - 1)), ("centres", (K, n)),
-                            ("dot_edges", (n - 1,))):  # fit_codes', and the dot product's from quantile_buckets
+        for name, *shape in (("mean", c.embed_dim), ("components", K, c.embed_dim), ("edges", K, n - 1), ("centres", K, n),
+                             ("dot_edges", n - 1)):  # fit_codes' four, and the dot product's from quantile_buckets
             self.register_buffer(name, torch.zeros(shape))
 
     def encode(self, z_i):
@@ -316,13 +306,13 @@ class ARPrior(nn.Module):
             cache += [list(kv(states).chunk(2, -1)) for kv in self.text_kv]
         begun = cache[0][0].shape[1] - L  # how many places have been: z_t has place 0, the dot product 1, code k has k + 1
         place = max(1, begun)
-        x = self.buckets[tokens] * self.place_scale[place - 1:place - 1 + tokens.shape[1]]
+        x = F.embedding(tokens, self.buckets) * self.place_scale[place - 1:place - 1 + tokens.shape[1]]
         if not begun:
             x = torch.cat([self.z_t_in(text["z_t"] * math.sqrt(self.config.embed_dim))[:, None], x], 1)
         S = x.shape[1]
         x = x + self.positional_embedding[begun:begun + S]
         causal = torch.ones(S, begun + S, dtype=torch.bool, device=x.device).tril(begun)
-        mask = torch.cat([text["mask"][:, None].expand(-1, S, -1), causal.expand(B, -1, -1)], 2)[:, None]  # (B, 1, S, L + begun + S)
+        mask = torch.cat([text["mask"][:, None].expand(-1, S, -1), causal.expand(B, -1, -1)], 2)[:, None]  # (B, 1, S, ·)
         for block, pair in zip(self.blocks, cache):
             x = block(x, mask, pair)
         h = self.out(self.ln_out(x[:, -tokens.shape[1]:]))
@@ -354,7 +344,7 @@ def estimate_errors(model, batches, points=112):
     """E‖x_0 − x̂_0‖²/d at every t, (1000,), at the diffusion's scale: what the analytic variance needs (Analytic-DPM).
 
     batches: (z_i, text) of training embeddings and their captions, which are given and unguided. Measured at `points` of
-    the t (every ninth), with straight lines between.
+    the t (every ninth), with straight lines between after division by 1 − ᾱ_t.
     """
     alphas_cumprod, errors = cosine_schedule(), []
     for z_i, text in batches:
@@ -363,8 +353,9 @@ def estimate_errors(model, batches, points=112):
             t = torch.full((len(z_0),), t, device=z_0.device)
             z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
             errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
-    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)
-    return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
+    noise = (1 - alphas_cumprod).float().to(errors[0].device)  # which the errors follow where they bend
+    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True) / noise[ladder(points, len(noise) - 1)]
+    return F.interpolate(mean, len(noise), mode="linear", align_corners=True).flatten() * noise
 
 
 def ar_loss(model, z_i, text, null, drop_caption=0.1):
@@ -402,7 +393,7 @@ def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidat
     generators: one torch.Generator a caption. The network predicts z_i, so no step divides by √ᾱ and the ladder
     may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place. Its variance β̃ ("fixed-small")
     knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d, the best single number
-    for any stride (Analytic-DPM eq. 8, in the form for an x_0-predictor: no difference of large numbers near t = T).
+    at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large numbers near t = T).
     """
     B, d = text["z_t"].shape
     text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
@@ -415,7 +406,7 @@ def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidat
         z_0 = guided(f, z, text, null, guidance_scale)
         if n:
             from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
-            error = {"analytic": lambda: float(model.errors[rungs[n]]), "fixed-small": lambda: 0.0}[variance]()
+            error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
             deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
             z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
     z_i = F.normalize(z_0, dim=-1)
@@ -432,7 +423,7 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
     that a uniform number falls in, so that a rounding error can move it to its neighbour at most. Raises ValueError.
     """
     if not 0 <= percentile <= 100 or not temperature > 0:
-        raise ValueError(f"the percentile must be between 0 and 100 and the temperature above 0, not {percentile} and {temperature}")
+        raise ValueError(f"percentile {percentile} must be between 0 and 100, temperature {temperature} above 0")
     K, buckets = model.config.components, model.config.buckets
     uniform = torch.stack([torch.rand(K + 1, generator=g) for g in generators]).to(text["z_t"].device)
     rank = percentile / 100 + (1 - percentile / 100) * uniform[:, :1]  # the buckets are equally full: a share is a bucket
@@ -460,10 +451,9 @@ def main():
     parser.add_argument("--n", type=int, default=6, help="how many z_i to draw (default 6)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default 1)")
     parser.add_argument("--steps", type=int, default=64, help="of the diffusion prior (the paper's 64)")
-    parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"], help="of the diffusion prior's steps")
+    parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"], help="(the paper: analytic)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the autoregressive prior (default 1)")
-    parser.add_argument("--percentile", type=float, default=50.0, help="ask the autoregressive prior for a z_i·z_t above this "
-                        "percentile of the training set's (the paper's 50)")
+    parser.add_argument("--percentile", type=float, default=50.0, help="of z_i·z_t, drawn above it (the paper: 50)")
     parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt, prior.pt and ar-prior.pt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -72,8 +72,9 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
              decoder_guidance=2.0, decoder_steps=50, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
 
-    prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a
-    dictionary, gathers the time that each stage took.
+    prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
+    options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a dictionary,
+    gathers the time that each stage took.
     """
     seconds = {} if seconds is None else seconds
     device = stack["clip"].logit_scale.device

@@ -236,7 +236,7 @@ class Batches(Dataset):
 
     clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside its near miss, and no
     caption comes twice (a duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i
-    are computed beforehand, and captions. upsamplers: (high, low) crops, four of a scene.
+    are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config):
@@ -248,6 +248,9 @@ class Batches(Dataset):
             crops = [upsample.training_crops(render(random_scene(rng), self.config.image_size), self.config, rng,
                                              min(4, self.batch_size - n)) for n in range(0, self.batch_size, 4)]
             return tuple(torch.cat(part) for part in zip(*crops))
+        if self.stage == "z_i":
+            numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.fixed_scenes))
+            return torch.stack([to_tensor(render(fixed_scene(self.seed, n), 64)) for n in numbers])
         if self.stage in ("prior", "ar-prior"):
             chosen = rng.integers(self.fixed_scenes, size=self.batch_size)
             scenes = [fixed_scene(self.seed, n) for n in chosen]
@@ -270,19 +273,6 @@ FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept,
 def fixed_scene(seed, n):
     """Scene n of the priors' fixed set."""
     return random_scene(np.random.default_rng([seed, 1 << 40, n]))
-
-
-class FixedPictures(Dataset):
-    """The pictures of the priors' fixed set, uint8 (3, 64, 64)."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def __len__(self):
-        return FIXED_SCENES
-
-    def __getitem__(self, n):
-        return to_tensor(render(fixed_scene(self.seed, n), 64))
 
 
 # ----------------------------------------------------------------------------- what each stage trains
@@ -364,12 +354,12 @@ def captioned(context, count):
         yield context["z_i"][numbers.to(context["device"])], read(captions, context)[0]
 
 
-def prior_loss(model, batch, context, loss):
+def prior_loss(model, batch, context, loss=prior.prior_loss):
     """A prior's loss of a batch of (numbers of scenes, captions)."""
     return loss(model, context["z_i"][batch[0]], *read(batch[1], context))
 
 
-def prior_picture(model, batch, context, sample):
+def prior_picture(model, batch, context, sample=prior.sample):
     """Eight of the scenes captioned, and under each the scenes of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
     rows = [numbers]
@@ -553,7 +543,8 @@ def prepare_clip(args, device):
 def frozen_clip(args, device):
     """The CLIP that was trained in the same folder."""
     clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
-    return {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}, {"clip": clip_embed.fingerprint(clip)}
+    context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
+    return context, {"clip": clip_embed.fingerprint(clip)}
 
 
 def prepare_prior(args, device):
@@ -562,7 +553,8 @@ def prepare_prior(args, device):
     c = context["clip"].config
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
     if not cache.exists():
-        loader = DataLoader(FixedPictures(args.seed), batch_size=256, num_workers=args.workers)
+        loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
+                            sampler=range(-(-FIXED_SCENES // 256)), num_workers=args.workers)
         save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context).cpu()
                                    for images in tqdm(loader, desc="z_i of the priors' scenes", unit="batch")]), cache)
     config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
@@ -605,8 +597,9 @@ def to_device(batch, device):
 # name: (what it needs, network, loss, sample picture)
 STAGES = {
     "clip": (prepare_clip, clip_embed.CLIP, clip_loss, clip_picture),
-    "prior": (prepare_prior, prior.DiffusionPrior, partial(prior_loss, loss=prior.prior_loss), partial(prior_picture, sample=prior.sample)),
-    "ar-prior": (prepare_ar_prior, prior.ARPrior, partial(prior_loss, loss=prior.ar_loss), partial(prior_picture, sample=prior.ar_sample)),
+    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture),
+    "ar-prior": (prepare_ar_prior, prior.ARPrior, partial(prior_loss, loss=prior.ar_loss),
+                 partial(prior_picture, sample=prior.ar_sample)),
     "decoder": (prepare_decoder, decoder.Decoder, decoder_loss, decoder_picture),
     "upsample-256": (partial(prepare_upsampler, size=256), upsample.Upsampler, upsampler_loss, upsampler_picture),
     "upsample-1024": (partial(prepare_upsampler, size=1024), upsample.Upsampler, upsampler_loss, upsampler_picture),
@@ -614,10 +607,7 @@ STAGES = {
 
 
 def export(runs, folder):
-    """Write each checkpoint of a run in half precision, without its training state, to `folder`. Raises UserError.
-
-    A stage not trained yet is left out, and said to be; the others' clip.pt decides whether old weights of it still fit.
-    """
+    """Write a run's checkpoints, those there are, in half precision without training state to `folder`. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         if stage != "clip" and not (runs / f"{stage}.pt").exists():

@@ -115,9 +115,11 @@ def weights(tmp_path_factory):
     models = {"clip": clip, "prior": prior.DiffusionPrior(TINY[prior]), "ar-prior": prior.ARPrior(TINY["ar-prior"]), "decoder": decoder.Decoder(replace(TINY[decoder], vocab_size=514)),
               "upsample-256": upsample.Upsampler(TINY[upsample][256]), "upsample-1024": upsample.Upsampler(TINY[upsample][1024])}
     for stage, model in models.items():
-        for p in [*model.parameters(), *model.buffers()]:  # the priors' buffers too
+        for p in model.parameters():
             if not p.abs().sum():
-                torch.nn.init.normal_(p, std=0.05).abs_()
+                torch.nn.init.normal_(p, std=0.05)
+        for b in model.buffers():
+            torch.nn.init.uniform_(b, 0.01, 0.1)
         mark = {"clip": clip_embed.fingerprint(clip)} if stage in ("prior", "ar-prior", "decoder") else {}
         torch.save({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "merges": [], **mark}, folder / f"{stage}.pt")
     return folder
