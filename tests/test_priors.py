@@ -315,7 +315,7 @@ def test_frechet_distance_of_gaussians_with_known_means_and_covariances():
     z = torch.randn(500, 6).double()
     z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T  # mean 0, covariance the identity, exactly
     stretch, shift = torch.tensor([0.5, 1, 2, 3, 1, 0.1]).double(), torch.arange(6).double()
-    turn = torch.linalg.qr(torch.randn(6, 6))[0].double()
+    turn = torch.linalg.qr(torch.randn(6, 6).double())[0]
     want = float((1 - stretch).square().sum() + shift.square().sum())  # of independent coordinates, one at a time
     assert priors.frechet(z @ turn, (z * stretch + shift) @ turn) == pytest.approx(want, rel=1e-9)
     assert priors.frechet(z, z) == pytest.approx(0, abs=1e-9)
