@@ -133,11 +133,12 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, mask, cache=None):
-        """x (B, S, width); cache: [keys, values], (B, ·, width) each, of what stands before x, to which x's own are added."""
+    def forward(self, x, mask, cache):
+        """x (B, S, width); cache: [keys, values], (B, ·, width) each, of what stands before x, or []; x's own are added to it."""
         q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
-        if cache is not None:
-            cache[:] = k, v = [torch.cat([old, new], 1) for old, new in zip(cache, (k, v))]
+        if cache:
+            k, v = (torch.cat(pair, 1) for pair in zip(cache, (k, v)))
+        cache[:] = k, v
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, nh, S, hs)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
@@ -177,7 +178,7 @@ class DiffusionPrior(nn.Module):
         mask = causal & F.pad(mask, (0, 4), value=True)[:, None, None]  # (B, 1, S, S): no later place, no padding
         if cache:
             x, mask = x[:, -3:], mask[:, :, -3:]
-        kept = [list(pair) for pair in cache or [[x[:, :0]] * 2] * c.layers]
+        kept = [list(pair) for pair in cache or [[]] * c.layers]
         for block, pair in zip(self.blocks, kept):
             x = block(x, mask, pair)
         if cache is not None:
@@ -269,9 +270,8 @@ class ARPrior(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.text_in = nn.Linear(c.clip_text_width, c.width)
+        self.text_in, self.z_t_in = nn.Linear(c.clip_text_width, c.width), nn.Linear(c.embed_dim, c.width)
         self.text_kv = nn.ModuleList(nn.Linear(c.width, 2 * c.width) for _ in range(c.layers))
-        self.z_t_in = nn.Linear(c.embed_dim, c.width)
         self.buckets = nn.Parameter(cosines(c.buckets, c.width))
         self.place_scale = nn.Parameter(torch.randn(c.components, c.width))
         self.positional_embedding = nn.Parameter(torch.randn(c.components + 1, c.width) * 0.02)
