@@ -344,7 +344,7 @@ def estimate_errors(model, batches, points=112):
     """E‖x_0 − x̂_0‖²/d at every t, (1000,), at the diffusion's scale: what the analytic variance needs (Analytic-DPM).
 
     batches: (z_i, text) of training embeddings and their captions, which are given and unguided. Measured at `points` of
-    the t (every ninth), with straight lines between after division by 1 − ᾱ_t.
+    the t (every ninth), with straight lines between.
     """
     alphas_cumprod, errors = cosine_schedule(), []
     for z_i, text in batches:
@@ -353,9 +353,8 @@ def estimate_errors(model, batches, points=112):
             t = torch.full((len(z_0),), t, device=z_0.device)
             z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
             errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
-    noise = (1 - alphas_cumprod).float().to(errors[0].device)  # which the errors follow where they bend
-    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True) / noise[ladder(points, len(noise) - 1)]
-    return F.interpolate(mean, len(noise), mode="linear", align_corners=True).flatten() * noise
+    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)
+    return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
 
 
 def ar_loss(model, z_i, text, null, drop_caption=0.1):
