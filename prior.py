@@ -1,22 +1,26 @@
-"""The diffusion prior: a CLIP image embedding z_i from a caption (§2.2).
+"""The two priors: a CLIP image embedding z_i from a caption (§2.2).
 
 In:   a caption as CLIP read it, {"tokens", "states", "z_t", "mask"}
 Out:  z_i (B, d), unit-norm
 
-A diffusion model P(z_i|y) whose network is a decoder-only transformer with a causal mask. Its sequence is
+The diffusion prior is a diffusion model P(z_i|y) whose network is a decoder-only transformer with a causal mask:
 
     encoded text (L) | z_t | timestep | noised z_i | a learned token
 
-and what comes out at the last position is the prediction of z_i itself, not of the noise: the loss is
-E‖f(z_i^(t), t, y) − z_i‖². The caption is dropped 10% of the time, so that sampling can be guided. To sample:
-64 of the 1000 steps, ancestral, twice over; the candidate closer to z_t is kept. (The paper's variance is the
-analytic one; ours, so far, is β̃.)
+What comes out at the last position is the prediction of z_i itself, not of the noise: the loss is
+E‖f(z_i^(t), t, y) − z_i‖². To sample: 64 of the 1000 steps, ancestral with the analytic variance, twice over; the
+candidate closer to z_t is kept. Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of
+deviation 1 at nearly every step: inside this file they are scaled to the paper's deviation, 0.54 (scale), outside never.
 
-Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of deviation 1 at nearly
-every step. The paper multiplies by 17.2, which at d = 1024 makes their deviation 0.54, that of ImageNet's
-pixels in [−1, 1]; we keep that deviation at any d. Everyone outside this file sees unit vectors.
+The autoregressive prior writes z_i as a sequence: its principal components, the largest variance first, as many as keep
+99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other:
 
-    python prior.py "a red circle"           # draws z_i for a caption and compares them
+    z_t | bucket of z_i·z_t | code 1 | … | code K − 1      →      code 1, …, code K
+
+To sample, the second token is drawn from the top half of those seen in training: it asks for a z_i that fits the caption.
+Both priors drop the caption 10% of the time in training, so that sampling can be guided.
+
+    python prior.py "a red circle"           # draws z_i for a caption from each prior and compares them
 """
 
 import argparse
@@ -33,7 +37,7 @@ from tqdm import tqdm
 
 @dataclass
 class PriorConfig:
-    """Sizes (table 3, column "diffusion prior")."""
+    """Sizes of the diffusion prior (table 3)."""
     embed_dim: int = 1024          # d of z_i and z_t
     clip_text_width: int = 1024    # width of CLIP's text states
     text_context: int = 256
@@ -47,7 +51,26 @@ PRESETS = {
     "laptop": PriorConfig(embed_dim=512, clip_text_width=512, text_context=77, width=768, layers=12, heads=12),
     "paper": PriorConfig(),
 }
-PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appendix C)
+
+
+@dataclass
+class ARConfig:
+    """Sizes of the autoregressive prior (table 3: those of its latent decoder; ARPrior says what became of the text encoder)."""
+    embed_dim: int = 1024
+    clip_text_width: int = 1024
+    components: int = 319          # codes a z_i; training finds their number from the embeddings
+    buckets: int = 1024            # values a code
+    width: int = 1664
+    layers: int = 24
+    heads: int = 26
+
+
+AR_PRESETS = {
+    "shapes": ARConfig(embed_dim=128, clip_text_width=128, components=80, width=256, layers=4, heads=4),
+    "laptop": ARConfig(embed_dim=512, clip_text_width=512, components=256, width=768, layers=12, heads=12),
+    "paper": ARConfig(),
+}
+PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appendix C): 0.54, that of ImageNet's pixels in [−1, 1]
 
 
 # ----------------------------------------------------------------------------- Gaussian diffusion
@@ -110,8 +133,12 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, cache):
+        """x (B, S, width); cache: [keys, values], (B, ·, width) each, of what stands before x, or []; x's own are added to it."""
         q, k, v = self.qkv(self.ln_1(x)).chunk(3, -1)
+        if cache:
+            k, v = (torch.cat(pair, 1) for pair in zip(cache, (k, v)))
+        cache[:] = k, v
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, nh, S, hs)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
@@ -133,9 +160,13 @@ class DiffusionPrior(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.ln_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
+        self.register_buffer("errors", torch.zeros(1000))  # after training, estimate_errors': what the analytic variance needs
 
-    def forward(self, z_i_t, t, text):
-        """z_i_t (B, d) noised, t (B,), text {"states", "z_t", "mask"} of B captions → the estimate of z_i (B, d)."""
+    def forward(self, z_i_t, t, text, cache=None):
+        """z_i_t (B, d) noised, t (B,), text {"states", "z_t", "mask"} of B captions → the estimate of z_i (B, d).
+
+        cache: a list, empty at first. What stands before t sees neither t nor z_i: with a cache only the first call computes it.
+        """
         c = self.config
         states, mask = text["states"][:, :c.text_context], text["mask"][:, :c.text_context]
         tail = torch.stack([self.z_t_in(text["z_t"] * math.sqrt(c.embed_dim)), self.time_in(timestep_embedding(t, c.width)),
@@ -145,14 +176,147 @@ class DiffusionPrior(nn.Module):
         x = x + torch.cat([self.positional_embedding[:L], self.positional_embedding[-4:]])
         causal = torch.ones(L + 4, L + 4, dtype=torch.bool, device=t.device).tril()
         mask = causal & F.pad(mask, (0, 4), value=True)[:, None, None]  # (B, 1, S, S): no later place, no padding
-        for block in self.blocks:
-            x = block(x, mask)
+        if cache:
+            x, mask = x[:, -3:], mask[:, :, -3:]
+        kept = [list(pair) for pair in cache or [[]] * c.layers]
+        for block, pair in zip(self.blocks, kept):
+            x = block(x, mask, pair)
+        if cache is not None:
+            cache[:] = [(k[:, :-3], v[:, :-3]) for k, v in kept]
         return self.out(self.ln_out(x[:, -1])).float()
 
 
 def scale(d):
     """What unit embeddings are multiplied by for the diffusion: 17.2 at d = 1024, the same deviation elsewhere (appendix C)."""
     return PAPER_DEVIATION * math.sqrt(d)
+
+
+# ----------------------------------------------------------------------------- z_i as a sequence of codes
+
+def pca(batches):
+    """Mean (d,), components (d, d), one a row, and variances (d,), the largest first, of embeddings (n, d) that come in batches.
+
+    Float64, in one pass: mean and covariance are merged batch by batch (Chan et al. 1983), so that millions fit. Raises
+    ValueError where an embedding is not finite, a coordinate constant, or the embeddings fewer than their dimensions.
+    """
+    n = mean = scatter = 0
+    for z in batches:
+        z = z.cpu().double()
+        if not torch.isfinite(z).all():
+            raise ValueError("PCA: an embedding holds values that are not finite (NaN or infinity)")
+        off, share = z.mean(0) - mean, len(z) / max(1, n + len(z))
+        scatter = scatter + (z - z.mean(0)).T @ (z - z.mean(0)) + n * share * torch.outer(off, off)
+        n, mean = n + len(z), mean + share * off
+    if n < len(mean):
+        raise ValueError(f"PCA: {n} embeddings cannot give {len(mean)} components; at least as many embeddings are needed")
+    covariance = scatter / n
+    constant = (covariance.diagonal() <= 1e-12 * covariance.diagonal().max()).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(f"PCA: coordinate {constant[0]} is the same in every embedding ({len(constant)} of {len(mean)} are)")
+    variances, vectors = torch.linalg.eigh(covariance)  # ascending
+    return mean, vectors.T.flip(0), variances.flip(0)
+
+
+def quantile_buckets(values, buckets):
+    """Edges (…, buckets − 1) and centres (…, buckets), the medians, of buckets that hold equally many of values (…, n).
+
+    Equally full buckets are fine where there is much to tell apart, and a bucket's number is a rank: it means the same in
+    each dimension, and before anything is known all are equally likely. Equally wide ones leave most of 1024 to the tails.
+    """
+    values = values.sort().values
+    where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)
+    low = where.floor().long().clamp(max=values.shape[-1] - 2)
+    quantiles = torch.lerp(values[..., low], values[..., low + 1], (where - low).to(values.dtype))
+    return quantiles[..., 1::2].contiguous(), quantiles[..., ::2].contiguous()
+
+
+def fit_codes(z_i, buckets=1024, lose=0.01):
+    """The arrays that turn training embeddings z_i (N, d) into codes: {"mean", "components", "edges", "centres"} (§2.2).
+
+    Kept are the fewest components for which what is cut off and what quantization blurs is under 1% of the variance (319 of
+    the paper's 1024). At most 131,072 embeddings make the buckets. Raises ValueError as pca does, and for too few buckets.
+    """
+    mean, components, variances = pca(z_i.split(8192))
+    values = ((z_i[::-(-len(z_i) // 131072)].cpu().double() - mean) @ components.T).T.contiguous()  # (d, n)
+    edges, centres = quantile_buckets(values, buckets)
+    blurred = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
+    lost = 1 - (variances - blurred).cumsum(0) / variances.sum()
+    if not (lost < lose).any():
+        raise ValueError(f"{buckets} buckets lose {lost.min():.1%} of the variance, however many components are kept")
+    kept = slice(int((lost < lose).nonzero().min()) + 1)
+    codes = {"mean": mean, "components": components[kept], "edges": edges[kept], "centres": centres[kept]}
+    return {k: v.float() for k, v in codes.items()}
+
+
+def cosines(buckets, width):
+    """(buckets, width) cosines and sines of each bucket's rank, with half a wave to 64 waves from the first to the last."""
+    angle = math.pi * (torch.arange(buckets)[:, None] + 0.5) / buckets * 128 ** torch.linspace(0, 1, (width + 1) // 2)
+    return torch.cat([angle.cos(), angle.sin()], 1)[:, :width]
+
+
+class ARPrior(nn.Module):
+    """P(code | earlier codes, z_i·z_t, z_t, y), code by code: a causal transformer (§2.2).
+
+    How the caption comes in, ours: each block's keys and values begin with the caption's, made from CLIP's states, as the
+    decoder's attention has them. Table 3's latent decoder has a context of 384: room for z_t, the dot product and 319
+    codes, not for 256 caption tokens before them. With the text encoder of that column it would have 2.0 billion parameters
+    where the table says 1: CLIP's text tower, which the diffusion prior reads too, is our text encoder, and the latent
+    decoder, with its keys and values for the caption, has 0.94 billion.
+
+    Buckets are ordered, so their vectors, which the logits use too, start from cosines of their rank: neighbours are alike and
+    need not each be learned. Each place scales them in a way of its own, or all components' third buckets would look alike.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.text_in, self.z_t_in = nn.Linear(c.clip_text_width, c.width), nn.Linear(c.embed_dim, c.width)
+        self.text_kv = nn.ModuleList(nn.Linear(c.width, 2 * c.width) for _ in range(c.layers))
+        self.buckets = nn.Parameter(cosines(c.buckets, c.width))
+        self.place_scale = nn.Parameter(torch.randn(c.components, c.width))
+        self.positional_embedding = nn.Parameter(torch.randn(c.components + 1, c.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
+        self.ln_out = nn.LayerNorm(c.width)
+        self.out = nn.Linear(c.width, c.width)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)  # all buckets equally likely, which they are
+        K, n = c.components, c.buckets
+        for name, *shape in (("mean", c.embed_dim), ("components", K, c.embed_dim), ("edges", K, n - 1), ("centres", K, n),
+                             ("dot_edges", n - 1)):  # fit_codes' four, and the dot product's from quantile_buckets
+            self.register_buffer(name, torch.zeros(shape))
+
+    def encode(self, z_i):
+        """The codes (B, K) of z_i (B, d): the bucket of each component."""
+        with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 has too few digits for 1024 buckets
+            values = (z_i - self.mean) @ self.components.T
+        return torch.searchsorted(self.edges, values.T.contiguous()).T
+
+    def decode(self, codes):
+        """z_i (B, d) of codes (B, K): the buckets' centres, the mean added back, unit norm again."""
+        values = self.centres[torch.arange(codes.shape[1], device=codes.device), codes]
+        return F.normalize(values @ self.components + self.mean, dim=-1)
+
+    def forward(self, tokens, text, cache=None):
+        """Logits (B, n, buckets) of what follows each of tokens (B, n): the dot product's bucket, then codes.
+
+        cache: a list, empty at first, of each block's keys and values. With it, only tokens that it has not seen are given.
+        """
+        cache, (B, L) = [] if cache is None else cache, text["mask"].shape
+        if not cache:
+            states = self.text_in(text["states"])
+            cache += [list(kv(states).chunk(2, -1)) for kv in self.text_kv]
+        begun = cache[0][0].shape[1] - L  # how many places have been: z_t has place 0, the dot product 1, code k has k + 1
+        place = max(1, begun)
+        x = F.embedding(tokens, self.buckets) * self.place_scale[place - 1:place - 1 + tokens.shape[1]]
+        if not begun:
+            x = torch.cat([self.z_t_in(text["z_t"] * math.sqrt(self.config.embed_dim))[:, None], x], 1)
+        S = x.shape[1]
+        x = x + self.positional_embedding[begun:begun + S]
+        causal = torch.ones(S, begun + S, dtype=torch.bool, device=x.device).tril(begun)
+        mask = torch.cat([text["mask"][:, None].expand(-1, S, -1), causal.expand(B, -1, -1)], 2)[:, None]  # (B, 1, S, ·)
+        for block, pair in zip(self.blocks, cache):
+            x = block(x, mask, pair)
+        h = self.out(self.ln_out(x[:, -tokens.shape[1]:]))
+        return (h @ self.buckets.T / math.sqrt(self.config.width)).float()
 
 
 # ----------------------------------------------------------------------------- training
@@ -175,6 +339,36 @@ def prior_loss(model, z_i, text, null, drop_caption=0.1):
     return F.mse_loss(model(q_sample(z_0, t, noise, alphas_cumprod), t, drop_text(text, null, drop)), z_0)
 
 
+@torch.no_grad()
+def estimate_errors(model, batches, points=112):
+    """E‖x_0 − x̂_0‖²/d at every t, (1000,), at the diffusion's scale: what the analytic variance needs (Analytic-DPM).
+
+    batches: (z_i, text) of training embeddings and their captions, which are given and unguided. Measured at `points` of
+    the t (every ninth), with straight lines between.
+    """
+    alphas_cumprod, errors = cosine_schedule(), []
+    for z_i, text in batches:
+        z_0, cache = z_i * scale(z_i.shape[1]), []
+        for t in ladder(points, len(alphas_cumprod) - 1):
+            t = torch.full((len(z_0),), t, device=z_0.device)
+            z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
+            errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
+    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)
+    return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
+
+
+def ar_loss(model, z_i, text, null, drop_caption=0.1):
+    """Cross-entropy of each code given those before it, in nats, the caption (its states and z_t) dropped 10% of the time (§2.2).
+
+    z_i (B, d) unit-norm, text of B captions, null of the empty caption. The dot product stays: guidance is for the text.
+    """
+    codes = model.encode(z_i)
+    dot = torch.searchsorted(model.dot_edges, (z_i * text["z_t"]).sum(1, keepdim=True))
+    drop = torch.rand(len(z_i)).to(z_i.device) < drop_caption
+    logits = model(torch.cat([dot, codes[:, :-1]], 1), drop_text(text, null, drop))
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
 # ----------------------------------------------------------------------------- sampling
 
 def randn(generators, shape, device):
@@ -182,73 +376,112 @@ def randn(generators, shape, device):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
-def guided(model, z_i_t, t, text, null, guidance_scale):
-    """The estimate of z_i with classifier-free guidance: f(∅) + w (f(y) − f(∅)). w = 1 is none."""
-    t = torch.full((len(z_i_t),), t, device=z_i_t.device)
+def guided(f, x, text, null, guidance_scale):
+    """f(x, y) with classifier-free guidance: f(x, ∅) + w (f(x, y) − f(x, ∅)). w = 1 is none."""
     if guidance_scale == 1:
-        return model(z_i_t, t, text)
+        return f(x, text)
     both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
-    given, free = model(z_i_t.repeat(2, 1), t.repeat(2), both).chunk(2)
+    given, free = f(x.repeat(2, 1), both).chunk(2)
     return free + guidance_scale * (given - free)
 
 
 @torch.no_grad()
-def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidates=2, bar=False):
+def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidates=2, variance="analytic", bar=False):
     """z_i (B, d), unit-norm, for B captions: of `candidates` each, the one with the largest dot product with z_t (§2.2).
 
     generators: one torch.Generator a caption. The network predicts z_i, so no step divides by √ᾱ and the ladder
-    may start at the very top. Each step draws from the posterior with variance β̃ ("fixed small").
+    may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place. Its variance β̃ ("fixed-small")
+    knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d, the best single number
+    at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large numbers near t = T).
     """
     B, d = text["z_t"].shape
     text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
     device, shape = text["z_t"].device, (B, candidates, d)
-    alphas_cumprod = cosine_schedule()
+    alphas_cumprod, cache = cosine_schedule(), []
     rungs = ladder(steps, len(alphas_cumprod) - 1)
     z = randn(generators, shape, device).flatten(0, 1)
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="prior", disable=not bar):
-        z_0 = guided(model, z, rungs[n], text, null, guidance_scale)
+        f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
+        z_0 = guided(f, z, text, null, guidance_scale)
         if n:
-            from_z_0, from_z_t, variance = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
-            z = from_z_0 * z_0 + from_z_t * z + math.sqrt(variance) * randn(generators, shape, device).flatten(0, 1)
+            from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
+            error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
+            deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
+            z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
     z_i = F.normalize(z_0, dim=-1)
     best = (z_i * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
+
+
+@torch.no_grad()
+def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.0, percentile=50.0, bar=False):
+    """Codes (B, K) for B captions, one after the other: a token a step, the earlier ones' keys and values kept (§2.2).
+
+    generators: one torch.Generator a caption. percentile: the token for z_i·z_t is drawn from those above this percentile
+    of the training distribution. Guidance is on the logits. A bucket is drawn by its rank, the cumulative probability
+    that a uniform number falls in, so that a rounding error can move it to its neighbour at most. Raises ValueError.
+    """
+    if not 0 <= percentile <= 100 or not temperature > 0:
+        raise ValueError(f"percentile {percentile} must be between 0 and 100, temperature {temperature} above 0")
+    K, buckets = model.config.components, model.config.buckets
+    uniform = torch.stack([torch.rand(K + 1, generator=g) for g in generators]).to(text["z_t"].device)
+    rank = percentile / 100 + (1 - percentile / 100) * uniform[:, :1]  # the buckets are equally full: a share is a bucket
+    token, codes, cache = (rank * buckets).long().clamp(max=buckets - 1), [], []
+    for k in tqdm(range(K), desc="ar-prior", disable=not bar):
+        logits = guided(lambda token, text: model(token, text, cache)[:, -1], token, text, null, guidance_scale)
+        share = (logits / temperature).softmax(1).cumsum(1)
+        token = torch.searchsorted(share, uniform[:, k + 1:k + 2] * share[:, -1:]).clamp(max=buckets - 1)
+        codes.append(token)
+    return torch.cat(codes, 1)
+
+
+def ar_sample(model, text, null, generators, guidance_scale=1.0, temperature=1.0, percentile=50.0, bar=False):
+    """z_i (B, d), unit-norm, for B captions from the autoregressive prior: draw_codes, decoded."""
+    return model.decode(draw_codes(model, text, null, generators, guidance_scale, temperature, percentile, bar))
 
 
 def main():
     """The script: what --help says."""
     here = Path(__file__).parent / "weights/shapes"
     parser = argparse.ArgumentParser(
-        description="Draw image embeddings for a caption and compare them: each one's cosine with z_t, and with the others. "
-        "Captions that leave much open spread more.")
+        description="Draw image embeddings for a caption from each prior and compare them: each one's cosine with z_t, and with "
+        "the others. Captions that leave much open spread more.")
     parser.add_argument("captions", nargs="+", metavar="CAPTION")
     parser.add_argument("--n", type=int, default=6, help="how many z_i to draw (default 6)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default 1)")
-    parser.add_argument("--steps", type=int, default=64, help="sampling steps (the paper's 64)")
-    parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and prior.pt")
+    parser.add_argument("--steps", type=int, default=64, help="of the diffusion prior (the paper's 64)")
+    parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"], help="(the paper: analytic)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the autoregressive prior (default 1)")
+    parser.add_argument("--percentile", type=float, default=50.0, help="of z_i·z_t, drawn above it (the paper: 50)")
+    parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt, prior.pt and ar-prior.pt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     import clip_embed as ce
     with ce.one_line_errors():
-        if not (2 <= args.n <= 1000 and 1 <= args.steps <= 1000 and 0 <= args.guidance <= 100):
-            raise ce.UserError("--n must be between 2 and 1000, --steps between 1 and 1000, --guidance between 0 and 100")
+        for name, low, high in (("n", 2, 1000), ("steps", 1, 1000), ("guidance", 0, 100), ("temperature", 0.01, 100),
+                                ("percentile", 0, 100), ("seed", 0, 1 << 48)):
+            if not low <= getattr(args, name) <= high:
+                raise ce.UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
         device = ce.pick_device(args.device)
         clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
-        path = args.weights / "prior.pt"
-        model = ce.load_model(DiffusionPrior, PriorConfig, ce.read_checkpoint(path, "prior"), path)
-        clip, model = clip.to(device), model.to(device)
-        for caption in args.captions:
-            text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
-            generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
-            z_i = sample(model, text, null, generators, args.guidance, args.steps, bar=True)
-            cosine = z_i @ z_i.T
-            print(f"{caption!r}\n       z_t   " + "".join(f"  z_i {k}" for k in range(args.n)))
-            for k in range(args.n):
-                print(f"z_i {k} {float(z_i[k] @ text['z_t'][k]):6.3f}  " + "".join(f"{float(c):7.3f}" for c in cosine[k]))
-            others = cosine[~torch.eye(args.n, dtype=torch.bool, device=device)]
-            with_z_t = float((z_i * text["z_t"]).sum(1).mean())
-            print(f"mean cosine with z_t {with_z_t:.3f}, with one another {float(others.mean()):.3f}")
+        clip.to(device)
+        for stage, network, config in (("prior", DiffusionPrior, PriorConfig), ("ar-prior", ARPrior, ARConfig)):
+            path = args.weights / f"{stage}.pt"
+            model = ce.load_model(network, config, ce.read_checkpoint(path, stage), path).to(device)
+            for caption in args.captions:
+                text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
+                generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
+                if stage == "prior":
+                    z_i = sample(model, text, null, generators, args.guidance, args.steps, variance=args.variance, bar=True)
+                else:
+                    z_i = ar_sample(model, text, null, generators, args.guidance, args.temperature, args.percentile, bar=True)
+                cosine, with_z_t = z_i @ z_i.T, (z_i * text["z_t"]).sum(1)
+                print(f"{caption!r}, {stage}\n       z_t   " + "".join(f"  z_i {k}" for k in range(args.n)))
+                for k in range(args.n):
+                    print(f"z_i {k} {float(with_z_t[k]):6.3f}  " + "".join(f"{float(c):7.3f}" for c in cosine[k]))
+                others = float(cosine[~torch.eye(args.n, dtype=torch.bool, device=device)].mean())
+                print(f"mean cosine with z_t {float(with_z_t.mean()):.3f}, with one another {others:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,18 +34,22 @@ from clip_embed import UserError, one_line_errors, pick_device, read_checkpoint
 SHIPPED = Path(__file__).parent / "weights" / "shapes"
 SIZES = (64, 256, 1024)
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
+PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64):
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion"):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
+
+    prior_kind is one of PRIORS.
 
     Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP.
     """
     weights = Path(weights)
     clip, tokenizer = clip_embed.load_clip(weights / "clip.pt")
     stack = {"clip": clip, "tokenizer": tokenizer}
-    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
+    kinds = {k: v for k, v in kinds.items() if k == PRIORS[prior_kind]} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
     mark = clip_embed.fingerprint(clip)
@@ -64,12 +68,13 @@ def generators(stage, seed, pictures):
 
 
 @torch.no_grad()
-def generate(stack, captions, seed=0, size=64, prior_guidance=1.0, prior_steps=64, decoder_guidance=2.0, decoder_steps=50,
-             eta=None, upsample_steps=(None, None), bar=False, seconds=None):
+def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=1.0, prior_steps=64, variance="analytic",
+             decoder_guidance=2.0, decoder_steps=50, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
 
-    The options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a
-    dictionary, gathers the time that each stage took.
+    prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
+    options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a dictionary,
+    gathers the time that each stage took.
     """
     seconds = {} if seconds is None else seconds
     device = stack["clip"].logit_scale.device
@@ -87,8 +92,14 @@ def generate(stack, captions, seed=0, size=64, prior_guidance=1.0, prior_steps=6
     def of(pictures):
         return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
 
-    z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
-        stack["prior"], of(pictures), null, noise, prior_guidance, prior_steps, bar=bar))
+    if prior_kind == "diffusion":
+        z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
+            stack["prior"], of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
+    elif prior_kind == "ar":
+        z_i = in_batches("prior", 256, lambda pictures, noise: prior.ar_sample(
+            stack["ar-prior"], of(pictures), null, noise, prior_guidance, bar=bar))
+    else:
+        z_i = text["z_t"] * (prior_kind == "text")
     images = in_batches("decoder", BATCH[64], lambda pictures, noise: decoder.sample(
         stack["decoder"], z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
@@ -160,8 +171,12 @@ def main():
     parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
     parser.add_argument("--size", type=int, default=1024, choices=SIZES, help="pixels a side (default 1024)")
+    parser.add_argument("--prior", dest="prior_kind", default="diffusion", choices=PRIORS, help="where z_i comes from: a prior, "
+                        "diffusion (default) or ar (autoregressive); text: z_t in its place; none: the caption alone (fig. 8)")
     parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (§5: in the prior it hurt)")
-    parser.add_argument("--prior-steps", type=int, default=64, help="default 64, as in the paper")
+    parser.add_argument("--prior-steps", type=int, default=64, help="of the diffusion prior: default 64, as in the paper")
+    parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"],
+                        help="of the diffusion prior's steps (default analytic, as in the paper)")
     parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, as in "
@@ -182,10 +197,10 @@ def main():
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
         if any(not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
-        stack = load_stack(args.weights, pick_device(args.device), args.size)
+        stack = load_stack(args.weights, pick_device(args.device), args.size, args.prior_kind)
         captions = [caption for caption in captions for _ in range(args.n)]
-        options = {k: getattr(args, k) for k in ("prior_guidance", "prior_steps", "decoder_guidance", "decoder_steps", "eta",
-                                                 "upsample_steps")}
+        options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
+                                                 "decoder_steps", "eta", "upsample_steps")}
         settings = ", ".join(f"{k.replace('_', '-')} {'ancestral' if v is None else v}" for k, v in options.items())
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins

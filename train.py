@@ -1,6 +1,6 @@
 """Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
 
-In:   a stage's name, or `all` for the five in order: clip, prior, decoder, upsample-256, upsample-1024
+In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, decoder, upsample-256, upsample-1024
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
       NAME.csv and NAME-loss.png (the loss), NAME-samples.png (what the network makes at present)
 
@@ -18,6 +18,7 @@ import copy
 import csv
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -243,8 +244,8 @@ class Batches(Dataset):
     """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
 
     clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no
-    caption comes twice (a duplicate would be a false negative). prior: numbers of scenes in the fixed set whose z_i
-    are computed beforehand, and captions. upsamplers: (high, low) crops, four of a scene.
+    caption comes twice (a duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i
+    are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config):
@@ -256,7 +257,10 @@ class Batches(Dataset):
             crops = [upsample.training_crops(render(random_scene(rng), self.config.image_size), self.config, rng,
                                              min(4, self.batch_size - n)) for n in range(0, self.batch_size, 4)]
             return tuple(torch.cat(part) for part in zip(*crops))
-        if self.stage == "prior":
+        if self.stage == "z_i":
+            numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.fixed_scenes))
+            return torch.stack([to_tensor(render(fixed_scene(self.seed, n), 64)) for n in numbers])
+        if self.stage in ("prior", "ar-prior"):
             chosen = rng.integers(self.fixed_scenes, size=self.batch_size)
             scenes = [fixed_scene(self.seed, n) for n in chosen]
             return torch.from_numpy(chosen), [describe(s, what_to_say(s, rng), rng) for s in scenes]
@@ -272,25 +276,12 @@ class Batches(Dataset):
         return torch.stack(images[:self.batch_size]), captions[:self.batch_size]
 
 
-FIXED_SCENES = 65536  # the prior's set: it sees embeddings, which can be kept, and fresh captions of them
+FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
 
 
 def fixed_scene(seed, n):
-    """Scene n of the prior's fixed set."""
+    """Scene n of the priors' fixed set."""
     return random_scene(np.random.default_rng([seed, 1 << 40, n]))
-
-
-class FixedPictures(Dataset):
-    """The pictures of the prior's fixed set, uint8 (3, 64, 64)."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def __len__(self):
-        return FIXED_SCENES
-
-    def __getitem__(self, n):
-        return to_tensor(render(fixed_scene(self.seed, n), 64))
 
 
 # ----------------------------------------------------------------------------- what each stage trains
@@ -311,16 +302,19 @@ class Recipe:
 RECIPES = {
     "shapes": {"clip": Recipe(64, 12000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
                "prior": Recipe(256, 1400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
+               "ar-prior": Recipe(64, 1500, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
                "decoder": Recipe(16, 10300, 8e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
                "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000),
                "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6),
+               "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999),
                "decoder": Recipe(32, 200000, 1.2e-4),
                "upsample-256": Recipe(16, 100000, 1.2e-4),
                "upsample-1024": Recipe(8, 100000, 1e-4)},
     "paper": {"clip": Recipe(32768, 400000, 3e-4, 0.2, 0.98, 1e-6, warmup=2000),  # CLIP's own batch; the paper adds SAM
               "prior": Recipe(4096, 600000, 1.1e-4, 0.06, 0.96, 1e-6),
+              "ar-prior": Recipe(4096, 1000000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999),
               "decoder": Recipe(2048, 800000, 1.2e-4),
               "upsample-256": Recipe(1024, 1000000, 1.2e-4),
               "upsample-1024": Recipe(512, 1000000, 1e-4)},
@@ -362,17 +356,24 @@ def look(images, context):
         return context["clip"].encode_image(preprocess_tensor(images, context["clip"].config.image_size))
 
 
-def prior_loss(model, batch, context):
-    """The prior's loss of a batch of (numbers of scenes, captions)."""
-    return prior.prior_loss(model, context["z_i"][batch[0]], *read(batch[1], context))
+def captioned(context, count):
+    """z_i and freshly made captions, read, of `count` times 256 of the fixed scenes: for what is measured and not trained."""
+    batches = Batches("prior", Recipe(256, 0, 0), context["seed"], None)
+    for numbers, captions in (batches[(1 << 41) + k] for k in range(count)):
+        yield context["z_i"][numbers.to(context["device"])], read(captions, context)[0]
 
 
-def prior_picture(model, batch, context):
+def prior_loss(model, batch, context, loss=prior.prior_loss):
+    """A prior's loss of a batch of (numbers of scenes, captions)."""
+    return loss(model, context["z_i"][batch[0]], *read(batch[1], context))
+
+
+def prior_picture(model, batch, context, sample=prior.sample):
     """Eight of the scenes captioned, and under each the scenes of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
     rows = [numbers]
     for n in range(3):
-        z_i = prior.sample(model, *read(captions, context), seeds(len(captions), 8 * n))
+        z_i = sample(model, *read(captions, context), seeds(len(captions), 8 * n))
         rows.append((z_i @ context["z_i"].T).argmax(1).tolist())
     pictures = [to_tensor(render(fixed_scene(context["seed"], n), 64)).float() / 127.5 - 1 for row in rows for n in row]
     return grid(pictures, len(numbers))
@@ -473,6 +474,7 @@ def train(stage, args, device):
         if given["config"] != asdict(config):
             raise UserError(f"{args.init}: has other sizes than the {stage} of preset {args.preset}")
         model.load_state_dict(clip_embed.load_model(build, type(config), given, args.init).state_dict())
+    model.load_state_dict(context.get("codes", {}), strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
@@ -524,6 +526,8 @@ def train(stage, args, device):
         if done % args.log_every == 0 or done == recipe.steps:
             rows.append((done, float(np.mean(recent)), seen / (time.time() - began)))
             recent = []
+        if stage == "prior" and done == recipe.steps:
+            ema.errors.copy_(prior.estimate_errors(ema, captioned(context, 4)))
         if done % args.save_every == 0 or done == recipe.steps:
             save(done)
             with open(path.with_suffix(".csv"), "w", newline="") as file:
@@ -553,7 +557,8 @@ def prepare_clip(args, device):
 def frozen_clip(args, device):
     """The CLIP that was trained in the same folder."""
     clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
-    return {"clip": clip.to(device), "tokenizer": tokenizer}, {"clip": clip_embed.fingerprint(clip)}
+    context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
+    return context, {"clip": clip_embed.fingerprint(clip)}
 
 
 def prepare_prior(args, device):
@@ -562,11 +567,26 @@ def prepare_prior(args, device):
     c = context["clip"].config
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
     if not cache.exists():
-        loader = DataLoader(FixedPictures(args.seed), batch_size=256, num_workers=args.workers)
-        save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context | {"device": device}).cpu()
-                                   for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")]), cache)
+        loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
+                            sampler=range(-(-FIXED_SCENES // 256)), num_workers=args.workers)
+        save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context).cpu()
+                                   for images in tqdm(loader, desc="z_i of the priors' scenes", unit="batch")]), cache)
     config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
     return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
+
+
+def prepare_ar_prior(args, device):
+    """What the diffusion prior needs, and what makes codes of z_i and of z_i·z_t: components and buckets of the fixed set."""
+    (context, extra), config = prepare_prior(args, device), prior.AR_PRESETS[args.preset]
+    try:
+        codes = prior.fit_codes(context["z_i"], config.buckets)
+    except ValueError as error:
+        raise UserError(f"z_i of the priors' {len(context['z_i'])} scenes: {error}") from None
+    dots = torch.cat([(z_i * text["z_t"]).sum(1) for z_i, text in captioned(context, 16)])
+    codes["dot_edges"], _ = prior.quantile_buckets(dots.cpu(), config.buckets)
+    c = context["config"]
+    config = replace(config, embed_dim=c.embed_dim, clip_text_width=c.clip_text_width, components=len(codes["components"]))
+    return context | {"codes": codes, "config": config}, extra
 
 
 def prepare_decoder(args, device):
@@ -592,6 +612,8 @@ def to_device(batch, device):
 STAGES = {
     "clip": (prepare_clip, clip_embed.CLIP, clip_loss, clip_picture),
     "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture),
+    "ar-prior": (prepare_ar_prior, prior.ARPrior, partial(prior_loss, loss=prior.ar_loss),
+                 partial(prior_picture, sample=prior.ar_sample)),
     "decoder": (prepare_decoder, decoder.Decoder, decoder_loss, decoder_picture),
     "upsample-256": (partial(prepare_upsampler, size=256), upsample.Upsampler, upsampler_loss, upsampler_picture),
     "upsample-1024": (partial(prepare_upsampler, size=1024), upsample.Upsampler, upsampler_loss, upsampler_picture),
@@ -599,9 +621,12 @@ STAGES = {
 
 
 def export(runs, folder):
-    """Write each checkpoint of a run in half precision, without its training state, to `folder`. Raises UserError."""
+    """Write a run's checkpoints, those there are, in half precision without training state to `folder`. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
+        if stage != "clip" and not (runs / f"{stage}.pt").exists():
+            print(f"{runs / stage}.pt: not trained yet, left out", file=sys.stderr)
+            continue
         checkpoint = clip_embed.read_checkpoint(runs / f"{stage}.pt", stage)
         training = checkpoint.pop("training", None)
         if training is None:
@@ -615,11 +640,11 @@ def export(runs, folder):
 def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(
-        description="Train unCLIP's stages on the built-in world of shapes. The prior and the decoder need the CLIP of the same "
+        description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
         "--out folder; the upsamplers need nothing.",
         epilog="A run that was stopped goes on with the same command and --resume, as if it had never stopped.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
-                        help="one stage; all five in order; or export: copy a finished run, in half precision, to weights/PRESET")
+                        help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")

@@ -23,6 +23,7 @@ TINY = {
     clip_embed: clip_embed.CLIPConfig(embed_dim=16, image_size=64, vision_patch_size=32, vision_width=16, vision_layers=1, vision_heads=1,
                                       text_width=16, text_layers=1, text_heads=1),
     prior: prior.PriorConfig(embed_dim=16, clip_text_width=16, text_context=77, width=16, layers=1, heads=1),
+    "ar-prior": prior.ARConfig(embed_dim=16, clip_text_width=16, components=4, buckets=1024, width=16, layers=1, heads=1),
     decoder: decoder.DecoderConfig(patch_size=8, channels=16, depth=1, multiples=(1, 2), attention=(4,), head_channels=16, norm_groups=8,
                                    embed_dim=16, clip_text_width=16, text_layers=0, text_width=16, text_heads=1, text_context=77),
     upsample: {256: upsample.UpsamplerConfig(patch_size=16, channels=16, depth=1, multiples=(1, 2), norm_groups=8),
@@ -34,7 +35,7 @@ TINY = {
 def tiny(monkeypatch, tmp_path):
     """Every preset and recipe replaced by tiny ones (dropout included); returns train's arguments."""
     for module, config in TINY.items():
-        monkeypatch.setitem(module.PRESETS, "shapes", config)
+        monkeypatch.setitem(prior.AR_PRESETS if module == "ar-prior" else module.PRESETS, "shapes", config)
     monkeypatch.setitem(train.RECIPES, "shapes", {stage: train.Recipe(4, 4, 1e-3, 0.1, ema_decay=0.9, warmup=2) for stage in train.STAGES})
     monkeypatch.setattr(train, "FIXED_SCENES", 20)
     monkeypatch.setattr(train, "corpus", lambda: ["a red circle", "a small blue star"])
@@ -58,7 +59,7 @@ def stopped_after(monkeypatch, saves):
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
-    if stage in ("prior", "decoder"):
+    if stage in ("prior", "ar-prior", "decoder"):
         train.train("clip", tiny, torch.device("cpu"))
     whole, parts = argparse.Namespace(**vars(tiny)), argparse.Namespace(**vars(tiny))
     parts.out = tiny.out.parent / "parts"
@@ -67,7 +68,7 @@ def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
         (parts.out / "clip.pt").write_bytes((tiny.out / "clip.pt").read_bytes())
     train.train(stage, whole, torch.device("cpu"))
     with monkeypatch.context() as patch:
-        stopped_after(patch, 3 if stage == "prior" else 2)  # the prior saves its scenes' z_i first
+        stopped_after(patch, 3 if stage in ("prior", "ar-prior") else 2)  # the priors save their scenes' z_i first
         with pytest.raises(KeyboardInterrupt):
             train.train(stage, parts, torch.device("cpu"))
     parts.resume, parts.workers = True, 1
@@ -130,13 +131,15 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     clip = clip_embed.CLIP(replace(TINY[clip_embed], vocab_size=514))
-    models = {"clip": clip, "prior": prior.DiffusionPrior(TINY[prior]), "decoder": decoder.Decoder(replace(TINY[decoder], vocab_size=514)),
+    models = {"clip": clip, "prior": prior.DiffusionPrior(TINY[prior]), "ar-prior": prior.ARPrior(TINY["ar-prior"]), "decoder": decoder.Decoder(replace(TINY[decoder], vocab_size=514)),
               "upsample-256": upsample.Upsampler(TINY[upsample][256]), "upsample-1024": upsample.Upsampler(TINY[upsample][1024])}
     for stage, model in models.items():
         for p in model.parameters():
             if not p.abs().sum():
                 torch.nn.init.normal_(p, std=0.05)
-        mark = {"clip": clip_embed.fingerprint(clip)} if stage in ("prior", "decoder") else {}
+        for b in model.buffers():
+            torch.nn.init.uniform_(b, 0.01, 0.1)
+        mark = {"clip": clip_embed.fingerprint(clip)} if stage in ("prior", "ar-prior", "decoder") else {}
         torch.save({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "merges": [], **mark}, folder / f"{stage}.pt")
     return folder
 
@@ -152,12 +155,34 @@ def test_the_whole_chain_makes_pictures_of_the_right_size(weights, size):
     assert images.std() > 0.05 and not torch.allclose(images[0], images[1], atol=0.05)
 
 
-def test_a_picture_is_the_same_alone_and_in_any_batch(weights):
-    stack = sample.load_stack(weights, "cpu", 256)
+@pytest.mark.parametrize("kind, want", [("none", 0.0), ("text", 1.0)])
+def test_z_t_or_nothing_can_stand_in_z_is_place(kind, want, weights, monkeypatch):
+    stack, seen = sample.load_stack(weights, prior_kind=kind), {}
+    assert set(stack) == {"clip", "tokenizer", "decoder"}
+    monkeypatch.setattr(decoder, "sample", lambda model, z_i, text, *rest, **options: (seen.update(z_i=z_i, text=text), torch.zeros(len(z_i), 3, 64, 64))[1])
+    sample.generate(stack, ["a red circle", "a star"], prior_kind=kind)
+    assert torch.equal(seen["z_i"], want * seen["text"]["z_t"]) and seen["z_i"].shape == (2, 16)
+
+
+def test_the_two_priors_make_other_pictures_of_a_caption_and_a_missing_one_is_one_line(weights, tmp_path):
+    pictures = [sample.generate(sample.load_stack(weights, prior_kind=kind), ["a star"], prior_kind=kind, **OPTIONS | {"variance": variance})
+                for kind, variance in (("diffusion", "analytic"), ("diffusion", "fixed-small"), ("ar", "analytic"))]
+    assert all(p.isfinite().all() for p in pictures) and all(not torch.equal(p, q) for p, q in itertools.combinations(pictures, 2))
+    for file in weights.iterdir():
+        if file.name != "ar-prior.pt":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    sample.load_stack(tmp_path)
+    with pytest.raises(UserError, match="ar-prior.pt: no such file; expected the ar-prior checkpoint that `python train.py ar-prior` writes"):
+        sample.load_stack(tmp_path, prior_kind="ar")
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "ar"])
+def test_a_picture_is_the_same_alone_and_in_any_batch(kind, weights):
+    stack = sample.load_stack(weights, "cpu", 256, kind)
     captions = ["a star"] + ["a very long caption about many things that are not here"] * 18 + ["a blue heart"]
-    together = sample.generate(stack, captions, seed=5, size=256, **OPTIONS)
+    together = sample.generate(stack, captions, seed=5, size=256, prior_kind=kind, **OPTIONS)
     for k in (0, 19):
-        alone = sample.generate(stack, [captions[k]], seed=5 + k, size=256, **OPTIONS)
+        alone = sample.generate(stack, [captions[k]], seed=5 + k, size=256, prior_kind=kind, **OPTIONS)
         assert (alone[0] - together[k]).abs().max() * 127.5 <= 2
 
 
@@ -194,7 +219,7 @@ def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, mo
 
 
 @pytest.mark.parametrize("script, arguments", [
-    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (decoder, ["p.png", "--steps", "991"]),
+    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (prior, ["x", "--percentile", "101"]), (prior, ["x", "--temperature", "nan"]), (decoder, ["p.png", "--steps", "991"]),
     (decoder, ["p.png", "--out", "strip"]), (upsample, ["p.png", "--out", "strip"]), (upsample, ["missing.png"]),
 ])
 def test_wrong_use_of_a_stage_is_one_line_and_exit_status_2(script, arguments, weights, monkeypatch, capsys):
@@ -242,17 +267,44 @@ def test_every_script_of_a_stage_runs(weights, tmp_path, monkeypatch, capsys):
     run(clip_embed, monkeypatch, picture, "a red circle", "a star", "--clip", weights / "clip.pt", "--device", "cpu")
     assert "a star" in capsys.readouterr().out
     run(prior, monkeypatch, "a red circle", "--weights", weights, "--steps", 3, "--n", 3, "--device", "cpu")
-    assert "mean cosine with z_t" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("mean cosine with z_t") == 2
     run(decoder, monkeypatch, picture, "--weights", weights, "--steps", 3, "--out", tmp_path / "d.png", "--device", "cpu")
     assert Image.open(tmp_path / "d.png").size == (320, 64)
     run(upsample, monkeypatch, picture, "--weights", weights, "--out", tmp_path / "u.png", "--device", "cpu")
     assert Image.open(tmp_path / "u.png").size == (512, 256)
 
 
-def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path):
+def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path, capsys):
     for stage in train.STAGES:
         train.train(stage, tiny, torch.device("cpu"))
     train.export(tiny.out, tmp_path / "shipped")
+    (tiny.out / "ar-prior.pt").unlink()
+    capsys.readouterr()
+    train.export(tiny.out, tmp_path / "without")
+    assert "ar-prior.pt: not trained yet, left out" in capsys.readouterr().err and len(list((tmp_path / "without").iterdir())) == 5
     small = torch.load(tmp_path / "shipped" / "decoder.pt", weights_only=True)
     assert "training" not in small and {v.dtype for v in small["model"].values()} == {torch.float16} and small["trained"]["step"] == 4
-    assert sample.generate(sample.load_stack(tmp_path / "shipped"), ["a circle"], prior_steps=2, decoder_steps=2).shape == (1, 3, 64, 64)
+    for kind in sample.PRIORS:
+        stack = sample.load_stack(tmp_path / "shipped", prior_kind=kind)
+        assert sample.generate(stack, ["a circle"], prior_kind=kind, prior_steps=2, decoder_steps=2).shape == (1, 3, 64, 64)
+
+
+def test_the_priors_checkpoints_hold_what_sampling_needs(tiny):
+    """The diffusion prior's errors, measured at the end; the autoregressive prior's components and buckets."""
+    for stage in ("clip", "prior", "ar-prior"):
+        train.train(stage, tiny, torch.device("cpu"))
+    checkpoint = torch.load(tiny.out / "prior.pt", weights_only=True)
+    errors = checkpoint["model"]["errors"]
+    assert errors.shape == (1000,) and 0 < errors[0] < errors[500] < errors[999] and not checkpoint["training"]["model"]["errors"].any()
+    z_i = torch.load(next(tiny.out.glob("z_i-*.pt")), weights_only=True)
+    checkpoint = torch.load(tiny.out / "ar-prior.pt", weights_only=True)
+    model = clip_embed.load_model(prior.ARPrior, prior.ARConfig, checkpoint, "ar-prior.pt")
+    lost = (model.decode(model.encode(z_i)) - z_i).square().sum() / (z_i - z_i.mean(0)).square().sum()
+    assert lost < 0.02 and (model.dot_edges.diff() >= 0).all() and model.dot_edges.abs().max() <= 1
+
+
+def test_z_i_that_cannot_be_coded_stops_training_with_one_line(tiny, monkeypatch):
+    train.train("clip", tiny, torch.device("cpu"))
+    monkeypatch.setattr(train, "FIXED_SCENES", 10)
+    with pytest.raises(UserError, match="z_i of the priors' 10 scenes: PCA: 10 embeddings cannot give 16 components"):
+        train.train("ar-prior", tiny, torch.device("cpu"))

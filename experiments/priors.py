@@ -1,0 +1,235 @@
+"""The two priors side by side: with each other, with z_t in z_i's place, and with true embeddings (§2.2, §5.1).
+
+In:   a folder with clip.pt, prior.pt and ar-prior.pt
+Out:  on stdout, Markdown tables, mean ± standard error over --seeds; --json keeps each seed's numbers
+
+The captions are such as neither prior was trained on: their training's captions are drawn again, as the checkpoints
+say, and avoided. Columns:
+  cosine with z_t     of one z_i a caption
+  nearest fits        how often the nearest of 1,000 true embeddings, one a caption, is of a scene that the caption describes
+  Fréchet             distance ×1000 between the embeddings of all captions and true ones (means and covariances)
+  off, a draw         distance to the mean of a caption's true embeddings, in units of their spread, of one z_i (root mean square)
+  off, the mean       the same of the mean of 32 z_i of the caption; true ones are not at 0 either, having 32 as well
+  diversity           1 − mean cosine of two z_i of one under-specified caption, as a share of the true ones'
+  seconds             for 1,000 z_i, captions read already
+
+    python experiments/priors.py --weights runs/shapes --json priors.json
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import prior
+import sample
+from caption_accuracy import parse_caption, relation_of
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor, read_checkpoint
+from train import (BACKGROUNDS, RELATIONS, VALUES, Batches, Recipe, Scene, describe, is_held_out, lay_out, pick, random_scene,
+                   render, to_tensor, what_to_say)
+
+OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
+ROWS = ("true", "diffusion", "autoregressive", "z_t shifted", "z_t")
+STEPS = (64, 10)
+
+# ----------------------------------------------------------------------------- captions and scenes
+
+
+def trained_on(path, stage):
+    """The captions that a prior's checkpoint was trained on, drawn again. Raises UserError where it doesn't say how."""
+    checkpoint = read_checkpoint(path, stage)
+    try:
+        record = checkpoint.get("trained") or checkpoint["training"]
+        batches, steps = Batches(stage, Recipe(**record["recipe"]), record["seed"], None), range(record["step"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: does not say which captions it was trained on") from None
+    return {caption for k in tqdm(steps, f"captions of {stage}") for caption in batches[k][1]}
+
+
+def unseen_captions(n, seed, seen):
+    """n captions of random scenes, those in `seen` left out (mostly short ones, of which there are few)."""
+    rng, captions = np.random.default_rng([seed, 1 << 50]), []
+    while len(captions) < n:
+        scene = random_scene(rng)
+        caption = describe(scene, what_to_say(scene, rng), rng)
+        captions += [caption] if caption not in seen else []
+    return captions
+
+
+def scene_of(said, rng):
+    """A scene that a parsed caption describes, all that it doesn't say drawn as in training."""
+    while True:
+        fill = lambda t: replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)})
+        things = tuple(map(fill, said.things))
+        relation = said.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
+        scene = Scene(things, relation, said.background or pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
+        if not is_held_out(scene):
+            return lay_out(scene, rng)
+
+
+def fits(scene, said):
+    """Whether a scene is what a parsed caption says."""
+    if len(scene.things) != len(said.things) or said.background not in (None, scene.background):
+        return False
+    return any(all(getattr(s, a) in (None, getattr(t, a)) for s, t in zip(said.things, things) for a in VALUES)
+               and (not said.relation or relation_of(*things) == said.relation) for things in permutations(scene.things))
+
+# ----------------------------------------------------------------------------- embeddings
+
+
+def embed(stack, scenes):
+    """z_i (n, d) of scenes, rendered at the size that CLIP reads."""
+    size, parts = stack["clip"].config.image_size, []
+    for first in range(0, len(scenes), 250):
+        images = torch.stack([to_tensor(render(s, size)) for s in scenes[first:first + 250]])
+        images = images.to(stack["clip"].logit_scale.device).float() / 127.5 - 1
+        parts.append(stack["clip"].encode_image(preprocess_tensor(images, size)).cpu())
+    return torch.cat(parts)
+
+
+def draw(stack, captions, seed, methods):
+    """z_t (n, d), and of each method {name: z_i (n, d)} and {name: seconds}; z_i number k from a generator of its own."""
+    z_t, z_i, seconds = [], {name: [] for name in methods}, dict.fromkeys(methods, 0.0)
+    for first in tqdm(range(0, len(captions), 250), ", ".join(methods), leave=False):
+        some = captions[first:first + 250]
+        text, null = encode_captions(stack["clip"], stack["tokenizer"], some)
+        z_t.append(text["z_t"].cpu())
+        for name, method in methods.items():
+            noise = [torch.Generator().manual_seed((seed << 32) + first + k) for k in range(len(some))]
+            began = time.perf_counter()
+            z_i[name].append(method(text, null, noise).cpu())  # .cpu() waits for the device
+            seconds[name] += time.perf_counter() - began
+    return torch.cat(z_t), {name: torch.cat(parts) for name, parts in z_i.items()}, seconds
+
+# ----------------------------------------------------------------------------- measures
+
+
+def frechet(a, b):
+    """Fréchet distance between Gaussians fitted to a (n, d) and b (m, d): ‖μ₁−μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½)."""
+    a, b = a.double(), b.double()
+    c_a, c_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(c_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + c_a.trace() + c_b.trace() - 2 * cross)
+
+
+def spread_out(z):
+    """1 − mean cosine of two of z (groups, n, d), of each group."""
+    n = z.shape[1]
+    return 1 - (z.sum(1).square().sum(1) - n) / (n * (n - 1))
+
+
+def off(z, true):
+    """How far z (groups, n, d) are from the means of true (groups, m, d), in units of its spread: (of a draw, of the mean)."""
+    mean = true.mean(1, keepdim=True)
+    variance = (true - mean).square().sum((1, 2)) / (true.shape[1] - 1)
+    one = ((z - mean).square().sum(2).mean(1) / variance).mean().sqrt()
+    return float(one), float(((z.mean(1) - mean[:, 0]).norm(dim=1) / variance.sqrt()).mean())
+
+
+def measure(stack, seed, n, seen, shift):
+    """All numbers of one seed: {"priors": {row: {column: number}}, "variances": {"steps, variance": Fréchet}}."""
+    methods = {"diffusion": lambda text, null, noise: prior.sample(stack["prior"], text, null, noise),
+               "autoregressive": lambda text, null, noise: prior.ar_sample(stack["ar-prior"], text, null, noise),
+               "z_t shifted": lambda text, null, noise: F.normalize(text["z_t"] + shift, dim=1),
+               "z_t": lambda text, null, noise: text["z_t"]}
+    captions, rng = unseen_captions(n, seed, seen), np.random.default_rng([seed, 1 << 51])
+
+    def with_truth(captions, seed):
+        """draw, and beside the methods "true": other scenes of the same captions."""
+        z_t, z_i, seconds = draw(stack, captions, seed, methods)
+        return z_t, z_i | {"true": embed(stack, [scene_of(parse_caption(c), rng) for c in captions])}, seconds
+
+    said = [parse_caption(caption) for caption in captions]
+    scenes = [scene_of(s, rng) for s in said]
+    reference = embed(stack, scenes)
+    z_t, z_i, seconds = with_truth(captions, seed)
+    few = [caption for caption in captions[:100] for _ in range(32)]
+    many = [caption for caption in OPEN for _ in range(64)]
+    group = lambda z, size: z.unflatten(0, (-1, size))
+    true_few, true_many = (embed(stack, [scene_of(parse_caption(c), rng) for c in some]) for some in (few, many))
+    few, many = with_truth(few, seed + 1000)[1], with_truth(many, seed + 2000)[1]
+    rows = {}
+    for name in ROWS:
+        near = (z_i[name][:1000] @ reference[:1000].T).argmax(1).tolist()
+        one, mean = off(group(few[name], 32), group(true_few, 32))
+        rows[name] = {"cosine with z_t": float((z_i[name] * z_t).sum(1).mean()),
+                      "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, said)])),
+                      "Fréchet": 1000 * frechet(z_i[name], reference), "off, a draw": one, "off, the mean": mean,
+                      "diversity": float((spread_out(group(many[name], 64)) / spread_out(group(true_many, 64))).mean()),
+                      "seconds": seconds[name] * 1000 / n if name in seconds else float("nan")}
+    variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, variance=variance: prior.sample(
+        stack["prior"], text, null, noise, steps=steps, candidates=1, variance=variance)
+        for steps in STEPS for variance in ("analytic", "fixed-small")}
+    drawn = draw(stack, captions, seed, variances)[1]
+    return {"priors": rows, "variances": {name: 1000 * frechet(z, reference) for name, z in drawn.items()}}
+
+
+def cell(values):
+    """Mean ± standard error of one number a seed; – where there is none."""
+    values = np.array(values)
+    if np.isnan(values).any():
+        return "–"
+    return f"{values.mean():.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def report(results):
+    """The tables of measure's results, one a seed, and the differences that are asked about, seed by seed, as Markdown."""
+    rows = [r["priors"] for r in results]
+    columns = list(rows[0]["true"])
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cell([r[name][c] for r in rows]) for c in columns)} |" for name in ROWS]
+    variances = [r["variances"] for r in results]
+    lines += ["", "| Fréchet, one candidate | analytic | fixed-small | difference |", "|---|---|---|---|"]
+    for steps in STEPS:
+        a, b = (np.array([v[f"{steps} steps, {variance}"] for v in variances]) for variance in ("analytic", "fixed-small"))
+        lines.append(f"| {steps} steps | {cell(a)} | {cell(b)} | {cell(a - b)} |")
+    lines += ["", "| less z_t shifted | Fréchet | off, a draw | off, the mean |", "|---|---|---|---|"]
+    for name in ROWS[1:3]:
+        less = [cell([r[name][c] - r["z_t shifted"][c] for r in rows]) for c in ("Fréchet", "off, a draw", "off, the mean")]
+        lines.append(f"| {name} | {' | '.join(less)} |")
+    return "\n".join(lines)
+
+
+def main():
+    """The script: what --help says."""
+    parser = argparse.ArgumentParser(description="Compare both priors with each other, with z_t and with true embeddings, on "
+                                     "captions that neither was trained on; and analytic with fixed-small variance.")
+    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, help="folder of clip.pt, prior.pt and ar-prior.pt")
+    parser.add_argument("--seeds", type=int, default=5, help="how often, with other captions and noise (default 5)")
+    parser.add_argument("--n", type=int, default=5000, help="captions a seed (default 5000)")
+    parser.add_argument("--json", type=Path, help="file for each seed's numbers")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors(), torch.no_grad():
+        if not 1 <= args.seeds <= 1000 or not 2 <= args.n <= 10 ** 6:
+            raise UserError("--seeds must be between 1 and 1000, --n between 2 and 1000000")
+        stack = {}
+        for kind in ("diffusion", "ar"):
+            stack |= sample.load_stack(args.weights, pick_device(args.device), prior_kind=kind)
+        seen = set().union(*(trained_on(args.weights / f"{stage}.pt", stage) for stage in ("prior", "ar-prior")))
+        rng = np.random.default_rng(1 << 52)
+        scenes = [random_scene(rng) for _ in range(2000)]
+        z_t = draw(stack, [describe(s, what_to_say(s, rng), rng) for s in scenes], 0, {})[0]
+        shift = (embed(stack, scenes).mean(0) - z_t.mean(0)).to(stack["clip"].logit_scale.device)
+        results = []
+        for seed in tqdm(range(args.seeds), "seeds"):
+            results.append(measure(stack, seed, args.n, seen, shift))
+            if args.json:  # what is done is kept
+                args.json.write_text(json.dumps({"captions": args.n, "results": results}, indent=1, ensure_ascii=False), "utf-8")
+        print(f"{args.n:,} captions, {args.seeds} seeds, on {stack['clip'].logit_scale.device}; {len(seen):,} captions of the "
+              f"training avoided\n\n{report(results)}")
+
+
+if __name__ == "__main__":
+    main()
