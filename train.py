@@ -543,7 +543,10 @@ def frozen_clip(args, device):
 
 
 def prepare_prior(args, device):
-    """CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what they depend on."""
+    """CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what they depend on.
+
+    Leaves their principal components in pca.pt, for manipulate.py.
+    """
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
@@ -552,7 +555,11 @@ def prepare_prior(args, device):
         save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context | {"device": device}).cpu()
                                    for images in tqdm(loader, desc="z_i of the prior's scenes", unit="batch")]), cache)
     config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
-    return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
+    z_i = torch.load(cache, weights_only=True)
+    components = torch.linalg.eigh(z_i.T.double().cov())[1].flip(1).T.float()  # a row each, the largest variance first
+    pca = {"mean": z_i.mean(0), "components": components.contiguous()}
+    save_atomically({"stage": "pca", "config": extra, "model": pca}, args.out / "pca.pt")
+    return context | {"z_i": z_i.to(device), "config": config}, extra
 
 
 def prepare_decoder(args, device):
@@ -596,6 +603,8 @@ def export(runs, folder):
         checkpoint["trained"] = {k: training[k] for k in ("step", "recipe", "seed")}
         save_atomically(checkpoint, folder / f"{stage}.pt")
         print(folder / f"{stage}.pt")
+    save_atomically(clip_embed.read_checkpoint(runs / "pca.pt", "pca"), folder / "pca.pt")
+    print(folder / "pca.pt")
 
 
 def main():
