@@ -3,8 +3,8 @@
     picture ─┬─► CLIP's image tower ─► z_i ──────┐   what is shown
              └─► DDIM run backwards ─► x_T ──────┴─► DDIM ─► picture   z_i and x_T together: all of it
 
-In:   pictures of any size or kind, or latent files: a (z_i, x_T) kept by --save-latent
-Out:  in --out, never over an old file, a labelled strip and its single frames; their paths on stdout, all else on stderr
+In:   pictures of any size or kind, or latent files, a (z_i, x_T) kept by --save-latent
+Out:  in --out a labelled strip and its single frames, never over an old file; their paths on stdout, all else on stderr
 
 Variations draw fresh noise on the way from x_T (§3.1), interpolations turn one code into another (§3.2), text diffs push
 z_i along the difference of two captions (§3.3), reconstructions keep z_i's first principal components (§4). Decoding is
@@ -123,8 +123,7 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
     noise "slerp": x_T turns along with z_i, one row, whose ends are both reconstructions. "fixed": each row keeps noise
     of its own, the same for every pair, and only what is shown changes.
     """
-    thetas = torch.linspace(0, 1, frames).tolist()
-    z_i, between = (torch.stack([slerp(*ends, theta) for theta in thetas], 1) for ends in zip(a, b))
+    z_i, between = (torch.stack([slerp(*ends, k / (frames - 1)) for k in range(frames)], 1) for ends in zip(a, b))
     fixed = decoder.randn(generators("decoder", seed, range(rows)), (rows, *a[1].shape[1:]), "cpu")
     return torch.stack([decode(stack, z_i, x_T.expand_as(between), captions, 0, steps, bar=bar)
                         for x_T in ([between] if noise == "slerp" else fixed)], 1)
@@ -142,15 +141,14 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
     if (z_d.norm(dim=1) < 1e-4).any():
         raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
     z_d = F.normalize(z_d, dim=1)
-    z_theta = torch.stack([slerp(z_i, z_d, theta) for theta in torch.linspace(0, maximum, frames).tolist()], 1)
+    z_theta = torch.stack([slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)], 1)
     return decode(stack, z_theta, x_T[:, None].expand(-1, frames, -1, -1, -1), captions, 0, steps, bar=bar)
 
 
 def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", steps=50, bar=False):
     """Decodings of z_i's first k principal components, for each k of counts, from one x_T: (B, len(counts), 3, 64, 64) (fig. 7).
 
-    mean (d,); components (d, d), orthonormal, a row each, the largest variance first. What is left out is the mean's, and
-    the sum goes back on the unit sphere. Raises UserError.
+    mean (d,); components (d, d), orthonormal, a row each, largest variance first. The sum is normalized. Raises UserError.
     """
     if not all(0 <= k <= len(components) for k in counts):
         raise UserError(f"components {' '.join(map(str, counts))}: must be between 0 and {len(components)}")
@@ -182,12 +180,12 @@ def read_tensors(path, stage, owner, model, shapes):
 
 def load_latent(path, stack):
     """(z_i (1, d), x_T (1, 3, 64, 64), caption, steps) of a latent file. Raises UserError, also for another decoder's."""
-    c = stack["decoder"].config
-    shapes = {"z_i": (1, c.embed_dim), "x_T": (1, 3, c.image_size, c.image_size)}
-    halves, config = read_tensors(path, "latent", "decoder", stack["decoder"], shapes)
-    if not isinstance(config.get("caption"), str) or config.get("steps") not in range(2, 951):
-        raise UserError(f"{path}: says neither with what caption nor in how many steps (2 to 950) it was inverted")
-    return *halves, config["caption"], config["steps"]
+    d, side = stack["decoder"].config.embed_dim, stack["decoder"].config.image_size
+    halves, config = read_tensors(path, "latent", "decoder", stack["decoder"], {"z_i": (1, d), "x_T": (1, 3, side, side)})
+    caption, steps = config.get("caption"), config.get("steps")
+    if not isinstance(caption, str) or not isinstance(steps, int) or not 2 <= steps <= 950:
+        raise UserError(f"{path}: does not say with what caption and in how many steps (2 to 950) it was inverted")
+    return *halves, caption, steps
 
 
 def load_pca(weights, stack):
@@ -199,7 +197,7 @@ def load_pca(weights, stack):
 
 
 def codes(stack, paths, caption, steps, seed):
-    """(z_i (n, d), x_T (n, 3, 64, 64), caption, steps) of pictures and latent files; new pictures are inverted.
+    """([(z_i (1, d), x_T (1, 3, 64, 64)) of each], caption, steps) of pictures and latent files; new pictures are inverted.
 
     caption and steps None: as the latent files say, else none and 50. How well each inversion decodes goes to stderr.
     Raises UserError.
@@ -208,8 +206,7 @@ def codes(stack, paths, caption, steps, seed):
     for path, (*_, said, taken) in latents.items():
         caption, steps = said if caption is None else caption, steps or taken
         if (said, taken) != (caption, steps):
-            raise UserError(f"{path}: was inverted with caption {said!r} in {taken} steps, and must be decoded so; asked for "
-                            f"are {caption!r} and {steps}")
+            raise UserError(f"{path}: was inverted with caption {said!r} in {taken} steps, so not with {caption!r} in {steps}")
     caption, steps, pairs = caption or "", steps or 50, []
     for path in paths:
         if path in latents:
@@ -220,21 +217,17 @@ def codes(stack, paths, caption, steps, seed):
         again = decode(stack, *(half[:, None] for half in pairs[-1]), caption, 0, steps, bar=True)[:, 0]
         x_0 = F.interpolate(image, again.shape[-1], mode="bicubic", antialias=True).clamp(-1, 1)
         quality = -10 * math.log10(max(1e-12, float(((x_0 - again) / 2).square().mean())))
-        print(f"{path}: its code decodes to {quality:.1f} dB of the picture", file=sys.stderr)
-        if quality < 20:
-            print(f"warning: under 20 dB it is hardly the same picture. Try --steps {min(950, 5 * steps)}; where that does not "
-                  "help, it is unlike all that this decoder was trained on", file=sys.stderr)
-    z_i, x_T = (torch.cat(halves) for halves in zip(*pairs))
-    return z_i, x_T, caption, steps
+        poor = f"; warning: hardly it. Try --steps {min(950, 5 * steps)}; if that fails, this decoder never learnt such pictures"
+        print(f"{path}: its code decodes to {quality:.1f} dB of the picture{poor if quality < 20 else ''}", file=sys.stderr)
+    return pairs, caption, steps
 
 
 @torch.no_grad()
 def enlarge(stack, images, size, seed=0, bar=False):
     """Images (N, 3, 64, 64) through the upsamplers to (N, 3, size, size), from one noise for all: frames don't flicker."""
-    device = stack["clip"].logit_scale.device
     for large in SIZES[1:SIZES.index(size) + 1]:
         model, noise = stack[f"upsample-{large}"], lambda n: generators(f"upsample-{large}", seed, [0] * n)
-        images = torch.cat([upsample.sample(model, some.to(device), noise(len(some)), bar=bar).cpu()
+        images = torch.cat([upsample.sample(model, some.to(model.conv_in.weight.device), noise(len(some)), bar=bar).cpu()
                             for some in images.split(BATCH[large])])
     return images
 
@@ -247,8 +240,7 @@ def draw_strip(rows):
     for y, row in enumerate(rows):
         for x, (label, image) in enumerate(row):
             sheet.paste(to_picture(image).resize((side, side), Image.Resampling.NEAREST), (x * side, y * (side + band)))
-            middle = ((x + 0.5) * side, (y + 1) * (side + band) - band / 2)
-            ImageDraw.Draw(sheet).text(middle, label, "black", font, anchor="mm")
+            ImageDraw.Draw(sheet).text(((x + 0.5) * side, (y + 1) * (side + band) - band / 2), label, "black", font, anchor="mm")
     return sheet
 
 
@@ -257,9 +249,8 @@ def save_all(rows, name, out, gif):
     strip, frames = draw_strip(rows), [(f"{name} {label}", to_picture(image)) for row in rows for label, image in row]
     if out.suffix == ".png":
         strip.save(out)
-        paths = [out]
-    else:
-        paths = [save_png(picture, out, label, settings=" ".join(sys.argv[1:])) for label, picture in [(name, strip), *frames]]
+    paths = [out] if out.suffix == ".png" else [save_png(picture, out, label, settings=" ".join(sys.argv[1:]))
+                                                for label, picture in [(name, strip), *frames]]
     if gif:
         paths.append(paths[0].with_suffix(".gif"))
         frames[0][1].save(paths[-1], save_all=True, append_images=[picture for _, picture in frames[1:]], duration=150, loop=0)
@@ -268,13 +259,11 @@ def save_all(rows, name, out, gif):
 
 def main():
     """The script: what --help says."""
-    parser = argparse.ArgumentParser(description="Take pictures apart into z_i, what CLIP sees, and x_T, the rest; change "
-                                     "one of them; decode. `manipulate.py COMMAND --help` tells more.")
+    parser = argparse.ArgumentParser(description="Take pictures apart into z_i and x_T, change one of them, decode (§3).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, pictures, text):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:])
-        add = sub.add_argument
+        add = commands.add_parser(name, help=text, description=text[0].upper() + text[1:]).add_argument
         add("pictures", nargs=pictures, metavar="PICTURE", help="a picture, cropped to a square, or a latent file")
         add("--caption", help="what the decoder is told while it inverts and decodes (default: nothing, z_i says it all)")
         add("--steps", type=int, help="DDIM steps each way; more are closer to the picture (default 50; the paper: 250)")
@@ -312,29 +301,28 @@ def main():
         if args.save_latent and len(args.save_latent) != len(args.pictures):
             raise UserError(f"--save-latent: {len(args.save_latent)} files for {len(args.pictures)} pictures")
         stack = load_stack(args.weights, pick_device(args.device), args.size)
-        pca = load_pca(args.weights, stack) if args.command == "reconstruct" else None
-        z_i, x_T, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)
-        for path, z, x in zip(args.save_latent, z_i.split(1), x_T.split(1)):
-            save_latent(path, stack, z, x, caption, steps)
+        pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)
+        for path, pair in zip(args.save_latent, pairs):
+            save_latent(path, stack, *pair, caption, steps)
+        z_i, x_T = pairs[0]
         options = {"captions": caption, "steps": steps, "bar": True}
         thetas = [f"theta {theta:.3g}" for theta in np.linspace(0, getattr(args, "max", 1), getattr(args, "frames", 0))]
         if args.command == "variations":
             images = variations(stack, z_i, x_T, args.n, args.eta, seed=args.seed, **options)[0]
             labels = [[f"eta {eta:g}"] * (args.n if eta else 1) for eta in args.eta]  # the same picture n times says no more
         elif args.command == "interpolate":
-            a, b = zip(z_i.split(1), x_T.split(1))
-            images = interpolate(stack, a, b, args.frames, args.noise, args.rows, seed=args.seed, **options)[0]
+            images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, seed=args.seed, **options)[0]
             labels = [thetas] * len(images)
         elif args.command == "textdiff":
             images, labels = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames, **options), [thetas]
         else:
             noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), (args.rows, *x_T.shape[1:]), "cpu")
             z_i, x_T = z_i.expand(args.rows, -1), torch.cat([x_T, noise])[:args.rows]
-            images = pca_reconstruct(stack, z_i, x_T, *pca, args.components, **options)
+            images = pca_reconstruct(stack, z_i, x_T, *load_pca(args.weights, stack), args.components, **options)
             labels = [[f"k {k}" for k in args.components]] * args.rows
-        lengths = [len(row) for row in labels]
-        frames = enlarge(stack, torch.cat([row[:n] for row, n in zip(images, lengths)]), args.size, args.seed, bar=True)
-        save_all([list(zip(*row)) for row in zip(labels, frames.split(lengths))], args.command, args.out, args.gif)
+        made = torch.cat([row[:len(names)] for row, names in zip(images, labels)])
+        frames = iter(enlarge(stack, made, args.size, args.seed, bar=True))
+        save_all([[(name, next(frames)) for name in names] for names in labels], args.command, args.out, args.gif)
 
 
 if __name__ == "__main__":

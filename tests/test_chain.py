@@ -13,6 +13,7 @@ from PIL import Image
 
 import clip_embed
 import decoder
+import manipulate
 import prior
 import sample
 import train
@@ -67,7 +68,7 @@ def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
         (parts.out / "clip.pt").write_bytes((tiny.out / "clip.pt").read_bytes())
     train.train(stage, whole, torch.device("cpu"))
     with monkeypatch.context() as patch:
-        stopped_after(patch, 3 if stage == "prior" else 2)  # the prior saves its scenes' z_i first
+        stopped_after(patch, 4 if stage == "prior" else 2)  # the prior saves its scenes' z_i and their components first
         with pytest.raises(KeyboardInterrupt):
             train.train(stage, parts, torch.device("cpu"))
     parts.resume, parts.workers = True, 1
@@ -237,3 +238,7 @@ def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path):
     small = torch.load(tmp_path / "shipped" / "decoder.pt", weights_only=True)
     assert "training" not in small and {v.dtype for v in small["model"].values()} == {torch.float16} and small["trained"]["step"] == 4
     assert sample.generate(sample.load_stack(tmp_path / "shipped"), ["a circle"], prior_steps=2, decoder_steps=2).shape == (1, 3, 64, 64)
+    mean, components = manipulate.load_pca(tmp_path / "shipped", sample.load_stack(tmp_path / "shipped"))
+    z_i = torch.load(next(tiny.out.glob("z_i-*.pt")), weights_only=True).numpy()
+    axes = np.linalg.svd(z_i - z_i.mean(0))[2]  # another way to the same axes, up to their signs
+    assert np.allclose(mean, z_i.mean(0), atol=1e-6) and np.allclose(np.abs(components[:4] @ axes[:4].T), np.eye(4), atol=1e-2)
