@@ -298,8 +298,8 @@ def main():
             values = getattr(args, name, None)
             if values is not None and not all(low <= v <= high for v in (values if isinstance(values, list) else [values])):
                 raise UserError(f"--{name} {values}: must be between {low} and {high}")
-        if args.save_latent and len(args.save_latent) != len(args.pictures):
-            raise UserError(f"--save-latent: {len(args.save_latent)} files for {len(args.pictures)} pictures")
+        if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
+            raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the {len(args.pictures)} pictures")
         stack = load_stack(args.weights, pick_device(args.device), args.size)
         pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)
         for path, pair in zip(args.save_latent, pairs):

@@ -241,4 +241,4 @@ def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path):
     mean, components = manipulate.load_pca(tmp_path / "shipped", sample.load_stack(tmp_path / "shipped"))
     z_i = torch.load(next(tiny.out.glob("z_i-*.pt")), weights_only=True).numpy()
     axes = np.linalg.svd(z_i - z_i.mean(0))[2]  # another way to the same axes, up to their signs
-    assert np.allclose(mean, z_i.mean(0), atol=1e-6) and np.allclose(np.abs(components[:4] @ axes[:4].T), np.eye(4), atol=1e-2)
+    assert np.allclose(mean, z_i.mean(0), atol=1e-6) and np.allclose(np.abs(components[:4].numpy() @ axes[:4].T), np.eye(4), atol=1e-2)

@@ -213,7 +213,7 @@ class FlatData:
 def there_and_back(model, x_0, steps):
     """x_0 → x_T → x_0 again."""
     n = len(x_0)
-    x_T = decoder.invert(model, x_0, torch.zeros(n, 4), no_text(n), generators(n), steps=steps)
+    x_T = decoder.invert(model, x_0, torch.zeros(n, 4), no_text(n), generators(n, 100), steps=steps)
     return x_T, decoder.sample(model, torch.zeros(n, 4), no_text(n), no_text(1), None, 1, steps, eta=0, x_T=x_T, clamp=False)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_chain import TINY
 import clip_embed
 import decoder
 import manipulate
+import manipulations
 import prior
 import sample
 import upsample
@@ -21,13 +23,14 @@ from manipulate import decode, interpolate, invert, pca_reconstruct, slerp, text
 
 @pytest.fixture(scope="module")
 def stack():
-    """A whole tiny stack, untrained except that its decoder doesn't put out zeros."""
+    """A whole tiny stack, untrained, but with something in the weights that begin at zero: its decoder heeds all its inputs."""
     torch.manual_seed(0)
     tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(["a red circle", "a small blue star"]))
     sizes = clip_embed.CLIPConfig(**vars(TINY[clip_embed]) | {"vocab_size": len(tokenizer)})
     networks = {"clip": clip_embed.CLIP(sizes), "prior": prior.DiffusionPrior(TINY[prior]), "decoder": decoder.Decoder(TINY[decoder]),
                 "upsample-256": upsample.Upsampler(TINY[upsample][256]), "upsample-1024": upsample.Upsampler(TINY[upsample][1024])}
-    torch.nn.init.normal_(networks["decoder"].conv_out.weight, std=0.05)
+    for p in networks["decoder"].parameters():
+        torch.nn.init.normal_(p, std=0.05) if not p.any() else None
     return {k: v.eval().requires_grad_(False) for k, v in networks.items()} | {"tokenizer": tokenizer}
 
 
@@ -140,7 +143,7 @@ def test_a_text_diff_moves_z_i_by_a_share_of_the_angle_to_the_difference_and_kee
     text_diff(stack, z_i, x_T, "a blue star", "a red circle", maximum=0.4, frames=5)
     read = lambda caption: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [caption])[0]["z_t"]
     z_d = torch.nn.functional.normalize(read("a blue star") - read("a red circle"), dim=1)
-    angle = lambda u, v: torch.acos((u.double() * v.double()).sum(-1))
+    angle = lambda u, v: 2 * torch.asin((u.double() - v.double()).norm(dim=-1) / 2)
     z, x = seen[0]
     assert torch.allclose(z[:, 0], z_i, atol=1e-6) and torch.equal(x, x_T[:, None].expand_as(x))
     whole = angle(z_i, z_d)
@@ -181,6 +184,25 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
     assert torch.equal(one, each) and torch.allclose(one[0], other[0], atol=1e-4) and not torch.allclose(one[1], other[1], atol=1e-3)
     with pytest.raises(UserError, match="1 captions for 2 pictures"):
         make(["a star"])
+
+
+@pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0)])
+def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
+    """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise."""
+    monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), torch.randn(len(images), 3, 64, 64)))
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
+    result = manipulations.PARTS[part](None, SimpleNamespace(n=4, seed=0, steps=[50]))
+    assert capsys.readouterr().out.count("|---|") == tables
+    if part == "inversion":
+        assert result[50]["psnr"][0] > 100 and abs(result[50]["variance"][0] - 1) < 0.05 and abs(result[50]["neighbours"][0]) < 0.05
+        groups = result["swapped"].values()
+    elif part == "variations":
+        assert all(w["distance"] < 1e-6 and not w["moved"] > 0.01 for w in result["wander"].values())
+        groups = result["kept"].values()
+    else:
+        assert result["largest difference"] < 1e-3 and result["psnr of the ends"] > 100
+        groups = []
+    assert all(value == 1 or math.isnan(value) for group in groups for value in group.values())
 
 
 # ----------------------------------------------------------------------------- the way in
@@ -278,7 +300,8 @@ def damaged(tmp_path, weights, **change):
     (["textdiff", "PICTURE", "--to", "a", "b"], "unrecognized arguments: b"),
     (["interpolate", "PICTURE"], "PICTURE"),
     (["interpolate", "PICTURE", "PICTURE", "--frames", "1"], "--frames 1: must be between 2 and 1000"),
-    (["interpolate", "PICTURE", "PICTURE", "--save-latent", "a.pt"], "1 files for 2 pictures"),
+    (["interpolate", "PICTURE", "PICTURE", "--save-latent", "a.pt"], "a NAME.pt for each of the 2 pictures"),
+    (["variations", "PICTURE", "--save-latent", "a.png"], "a NAME.pt for each of the 1 pictures"),
     (["reconstruct", "PICTURE", "--components", "17"], "components 17: must be between 0 and 16"),
     (["variations", "PICTURE", "--steps", "1"], "--steps 1: must be between 2 and 950"),
     (["variations", "nowhere.pt"], "no such file"),
