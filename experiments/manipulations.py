@@ -27,9 +27,9 @@ from caption_accuracy import read_scene, score
 from clip_embed import UserError, one_line_errors, pick_device
 from train import COLOURS, HELD_OUT, SHAPES, VALUES, Scene, Thing, describe, lay_out, pick, random_scene, render, to_tensor
 
-KEPT = ("shape", "colour", "size", "relation")  # what issue and captions speak of; fill and background are told beside
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
-THETAS = 8  # maxima to choose from, 0.1 apart
+KEPT = ("shape", "colour", "size", "relation")
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # of principal components
+THETAS = 8  # maxima of text diffs to choose from, 0.1 apart
 
 
 def scenes_of(part, n, seed, make=random_scene):
@@ -48,7 +48,7 @@ def psnr(images, others):
 
 
 def shown(image, scene):
-    """{attribute: whether an image (3, H, W) shows it as the scene has it}: count, shape, colour, size, fill, background, …"""
+    """{attribute: whether an image (3, H, W) shows it as the scene has it}, of all that captions speak of."""
     said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
     return score(sample.to_picture(image), describe(scene, said, np.random.default_rng(0)))
 
@@ -119,9 +119,9 @@ def variations(stack, args):
             if len(found) == len(scene.things) == 1:
                 a, b = found[0], scene.things[0]
                 moved.append(np.hypot(a.x - b.x, a.y - b.y))
-                turned += [abs(a.tilt - b.tilt)] if a.shape == b.shape in ("triangle", "heart", "square", "cross", "star") else []
+                turned += [abs(a.tilt - b.tilt)] if a.shape == b.shape != "circle" else []
         distance = float((made[:, k] - images).square().flatten(1).mean(1).sqrt().mean()) / 2
-        wander[f"{eta:g}"] = {"distance": distance, "moved": float(np.mean(moved)), "turned": float(np.mean(turned or [np.nan]))}
+        wander[f"{eta:g}"] = {"distance": distance, "moved": float(np.mean(moved or [np.nan])), "turned": float(np.mean(turned or [np.nan]))}
     print(f"Variations of {args.n} pictures: what stays\n")
     kept = read_table("η", groups)
     print("… and what does not: root mean square distance from the picture (share of the range), and for single things how far "
@@ -233,8 +233,8 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 250], help="DDIM steps of inversions to compare; all else takes "
                         "the first (default 50 250)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
-    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints (default: the shipped ones)")
-    parser.add_argument("--json", type=Path, default=Path("manipulations.json"), help="where the numbers go (default manipulations.json)")
+    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="checkpoints (default: the shipped ones)")
+    parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors():
@@ -242,7 +242,9 @@ def main():
             raise UserError(f"{' '.join(args.parts)}: each must be one of {', '.join(PARTS)}")
         if not 4 <= args.n <= 100_000 or not all(2 <= s <= 950 for s in args.steps) or not 0 <= args.seed < 1 << 30:
             raise UserError("--n must be between 4 and 100000, --steps between 2 and 950, --seed between 0 and 2^30")
-        stack, numbers = sample.load_stack(args.weights, pick_device(args.device), 64), {"n": args.n, "seed": args.seed, "steps": args.steps}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        stack = sample.load_stack(args.weights, pick_device(args.device), 64)
+        numbers = {"n": args.n, "seed": args.seed, "steps": args.steps}
         for part in args.parts or PARTS:
             numbers[part] = PARTS[part](stack, args)
             args.json.write_text(json.dumps(numbers, indent=1) + "\n")
