@@ -121,7 +121,8 @@ def variations(stack, args):
                 moved.append(np.hypot(a.x - b.x, a.y - b.y))
                 turned += [abs(a.tilt - b.tilt)] if a.shape == b.shape != "circle" else []
         distance = float((made[:, k] - images).square().flatten(1).mean(1).sqrt().mean()) / 2
-        wander[f"{eta:g}"] = {"distance": distance, "moved": float(np.mean(moved or [np.nan])), "turned": float(np.mean(turned or [np.nan]))}
+        mean = lambda values: float(np.mean(values or [np.nan]))
+        wander[f"{eta:g}"] = {"distance": distance, "moved": mean(moved), "turned": mean(turned)}
     print(f"Variations of {args.n} pictures: what stays\n")
     kept = read_table("η", groups)
     print("… and what does not: root mean square distance from the picture (share of the range), and for single things how far "
@@ -142,7 +143,7 @@ def interpolation(stack, args):
     result = {"pairs": len(ends) // 2, "largest difference": float((ends - again).abs().max()) * 127.5,
               "psnr of the ends": float(psnr(images, ends).median())}
     print(f"Interpolation with slerped noise, {result['pairs']} pairs: the ends differ from the reconstructions by at most "
-          f"{result['largest difference']:.4f} of 255 shades, and are {result['psnr of the ends']:.1f} dB (median) of the pictures\n")
+          f"{result['largest difference']:.4f} of 255 shades; median PSNR of the ends {result['psnr of the ends']:.1f} dB\n")
     return result
 
 
@@ -203,7 +204,7 @@ def textdiff(stack, args):
         result[name] = {"maximum": best, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
                         "untouched": measured(made[:, 0], scenes), "chosen among": scores}
         rows.append((name, f"{best:g}", *result[name]["text diff"], *result[name]["true z_i"]))
-    print(f"Text diffs, {args.n} pictures each, the maximum chosen on {args.n // 4} others: the wanted attribute changed, everything "
+    print(f"Text diffs, {args.n} pictures each, the maximum chosen on {args.n // 4} others: the wanted attribute changed, all "
           "else kept, both; and the same of the decoder given the true z_i of the edited scene, from the same x_T\n")
     table(("text diff", "maximum", "changed", "kept", "both", "true z_i: changed", "kept", "both"), rows)
     return result
@@ -227,13 +228,13 @@ PARTS = {"inversion": inversion, "variations": variations, "interpolation": inte
 
 def main():
     """The script: what --help says."""
-    parser = argparse.ArgumentParser(description="Measure the manipulations of §3 and the probe of figure 7 on scenes never trained on.")
+    parser = argparse.ArgumentParser(description="Measure the manipulations of §3 and the probe of fig. 7 on unseen scenes.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all of them)")
     parser.add_argument("--n", type=int, default=200, help="pictures for each part (default 200)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 250], help="DDIM steps of inversions to compare; all else takes "
-                        "the first (default 50 250)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 250], help="DDIM steps of inversions to compare; all "
+                        "else takes the first (default 50 250)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
-    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="checkpoints (default: the shipped ones)")
+    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="default: the shipped ones")
     parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
