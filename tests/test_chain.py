@@ -13,6 +13,7 @@ from PIL import Image
 
 import clip_embed
 import decoder
+import manipulate
 import prior
 import sample
 import train

@@ -182,7 +182,7 @@ def test_prior_keeps_the_candidate_closer_to_z_t():
 
 def test_ddim_with_eta_1_has_the_posterior_variance():
     """The paper's σ_t at η = 1 is √β̃_t, and the sampler's step really has that spread."""
-    rungs = decoder.ladder(2, decoder.top_step(ALPHAS))
+    rungs = decoder.inversion_ladder(2)
     a_t, a_s = ALPHAS[rungs[1]], ALPHAS[rungs[0]]
     sigma = ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
     assert float(sigma ** 2) == pytest.approx(float(decoder.posterior(a_t, a_s)[2]), rel=1e-9)
@@ -198,13 +198,50 @@ def test_ddim_with_eta_1_has_the_posterior_variance():
     assert float(seen[1].std()) == pytest.approx(float(sigma), rel=0.01)  # from x_T = 0 the mean is 0: all spread is σ
 
 
+class FlatData:
+    """A denoiser that knows its data: every pixel is +c or −c. E[x_0|x_t] = c tanh(c √ᾱ x_t / (1 − ᾱ)), by Bayes' rule."""
+
+    def __init__(self, c, side=8):
+        self.c, self.config = c, SimpleNamespace(image_size=side, prediction="eps")
+
+    def __call__(self, x, t, z_i, text):
+        a = ALPHAS[t].view(-1, 1, 1, 1)
+        x_0 = self.c * torch.tanh(self.c * a.sqrt() * x / (1 - a))
+        return ((x - a.sqrt() * x_0) / (1 - a).sqrt()).float(), torch.full_like(x, 0.5)
+
+
+def there_and_back(model, x_0, steps):
+    """x_0 → x_T → x_0 again."""
+    n = len(x_0)
+    x_T = decoder.invert(model, x_0, torch.zeros(n, 4), no_text(n), generators(n, 100), steps=steps)
+    return x_T, decoder.sample(model, torch.zeros(n, 4), no_text(n), no_text(1), None, 1, steps, eta=0, x_T=x_T, clamp=False)
+
+
 def test_ddim_with_eta_0_draws_nothing_and_inversion_undoes_it():
-    model = GaussianData(0.2, 0.4)
+    """Up to what noise of 0.04 hides in pictures as rough as these; half the range is 1, so that is 34 dB."""
     x_0 = 0.2 + 0.4 * torch.randn(2, 3, 8, 8)
-    x_T = decoder.invert(model, x_0, torch.zeros(2, 4), no_text(2), steps=50)
-    back = decoder.sample(model, torch.zeros(2, 4), no_text(2), no_text(1), None, 1, 50, eta=0, x_T=x_T, clamp=False)
-    assert float((back - x_0.clamp(-1, 1)).abs().max()) < 0.02
+    x_T, back = there_and_back(GaussianData(0.2, 0.4), x_0, 50)
+    assert float((back - x_0.clamp(-1, 1)).square().mean().sqrt()) < 0.05
     assert float(x_T.std()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("steps, least", [(50, 28), (250, 35)])
+def test_flat_pictures_become_noise_of_variance_1_and_come_back(steps, least, monkeypatch):
+    x_0 = 0.5 * torch.randn(4, 3, 32, 32).sign()
+    x_T, back = there_and_back(FlatData(0.5, 32), x_0, steps)
+    assert -10 * math.log10(float(((back - x_0) / 2).square().mean())) > least
+    assert float(x_T.mean()) == pytest.approx(0, abs=0.05) and float(x_T.var()) == pytest.approx(1, abs=0.05)
+    monkeypatch.setattr(decoder, "randn", lambda generators, shape, device: torch.zeros(shape))
+    x_T, _ = there_and_back(FlatData(0.5, 32), x_0, steps)  # without the noise of the lowest rung: the values stay two
+    assert float(x_T.abs().std()) < 0.1
+
+
+def test_an_inversion_climbs_from_a_little_noise_to_the_top_step():
+    rungs = decoder.inversion_ladder(50)
+    assert (len(set(rungs)), rungs[-1]) == (50, decoder.top_step(ALPHAS)) and rungs == sorted(rungs)
+    assert float((1 - ALPHAS[rungs[0]]).sqrt()) >= 0.04 > float((1 - ALPHAS[rungs[0] - 1]).sqrt())
+    with pytest.raises(ValueError, match="between 1 and"):
+        decoder.inversion_ladder(999)
 
 
 def test_guidance_1_is_no_guidance_and_0_ignores_the_condition():

@@ -1,0 +1,346 @@
+"""manipulate.py: slerp against its definition, the four manipulations on the tensors they promise, files, and wrong use."""
+
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_chain import TINY
+
+import clip_embed
+import decoder
+import manipulate
+import manipulations
+import prior
+import sample
+import upsample
+from clip_embed import UserError
+from manipulate import decode, interpolate, invert, pca_reconstruct, slerp, text_diff, variations
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """A whole tiny stack, untrained, but with something in the weights that begin at zero: its decoder heeds all its inputs."""
+    torch.manual_seed(0)
+    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(["a red circle", "a small blue star"]))
+    sizes = clip_embed.CLIPConfig(**vars(TINY[clip_embed]) | {"vocab_size": len(tokenizer)})
+    networks = {"clip": clip_embed.CLIP(sizes), "ar-prior": prior.ARPrior(replace(TINY["ar-prior"], components=16)), "decoder": decoder.Decoder(TINY[decoder]),
+                "upsample-256": upsample.Upsampler(TINY[upsample][256]), "upsample-1024": upsample.Upsampler(TINY[upsample][1024])}
+    for p in networks["decoder"].parameters():
+        torch.nn.init.normal_(p, std=0.05) if not p.any() else None
+    return {k: v.eval().requires_grad_(False) for k, v in networks.items()} | {"tokenizer": tokenizer}
+
+
+@pytest.fixture
+def weights(stack, tmp_path):
+    """The stack as a folder of checkpoints."""
+    mark, folder = clip_embed.fingerprint(stack["clip"]), tmp_path / "weights"
+    folder.mkdir()
+    for stage in ("clip", "ar-prior", "decoder", "upsample-256", "upsample-1024"):
+        torch.save({"stage": stage, "config": vars(stack[stage].config), "model": stack[stage].state_dict(), "clip": mark,
+                    "merges": [" ".join(m) for m in stack["tokenizer"].merges]}, folder / f"{stage}.pt")
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A path to a picture of a red square."""
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste((220, 40, 40), (20, 20, 44, 44))
+    image.save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+
+
+# ----------------------------------------------------------------------------- slerp
+
+def test_slerp_keeps_the_norm_turns_by_equal_angles_and_ends_exactly():
+    a, b = unit(5, 16), unit(5, 16)
+    path = torch.stack([slerp(a, b, k / 8) for k in range(9)])
+    assert torch.allclose(path.norm(dim=-1), torch.ones(9, 5), atol=1e-6)
+    steps = torch.acos((path[1:].double() * path[:-1].double()).sum(-1))
+    assert torch.allclose(steps, torch.acos((a.double() * b.double()).sum(-1)).expand(8, 5) / 8, atol=1e-5)
+    assert torch.allclose(path[0], a, atol=1e-7) and torch.allclose(path[-1], b, atol=1e-7)
+    assert torch.linalg.matrix_rank(torch.stack([a[0], b[0], path[3, 0]]), atol=1e-5) == 2  # in their plane
+
+
+def test_slerp_of_a_right_angle_is_the_circle():
+    a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])
+    for theta in (0.1, 0.5, 0.8):
+        want = torch.tensor([[math.cos(theta * math.pi / 2), math.sin(theta * math.pi / 2)]])
+        assert torch.allclose(slerp(a, b, theta), want, atol=1e-7)
+
+
+def test_slerp_interpolates_norms_and_keeps_noise_as_large_as_noise():
+    a, b = torch.tensor([[2.0, 0]]), torch.tensor([[0, 4.0]])
+    assert float(slerp(a, b, 0.25).norm()) == pytest.approx(2.5)
+    x, y = torch.randn(2, 1, 3, 64, 64)
+    assert float(slerp(x, y, 0.5).var()) == pytest.approx(1, abs=0.05)  # the mean of the two has one half
+
+
+def test_slerp_of_identical_vectors_is_the_vector_and_of_opposite_ones_an_error():
+    a = unit(3, 8)
+    for theta in (0, 0.3, 1):
+        assert torch.equal(slerp(a, a, theta), slerp(a, a, 0)) and torch.allclose(slerp(a, a, theta), a, atol=1e-7)
+    near = torch.nn.functional.normalize(a + 1e-6 * torch.randn(3, 8), dim=1)
+    assert torch.allclose(slerp(a, near, 0.5), a, atol=2e-6)
+    assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a, atol=1e-6)
+    with pytest.raises(UserError, match="opposite"):
+        slerp(a, torch.cat([a[:2], -a[2:]]), 0.5)
+    with pytest.raises(UserError, match="theta 1.2"):
+        slerp(a, a, 1.2)
+
+
+# ----------------------------------------------------------------------------- the manipulations
+
+@pytest.fixture
+def code(stack):
+    """(z_i, x_T) of two flat pictures."""
+    images = torch.full((2, 3, 64, 64), 0.6)
+    images[0, 0, 16:40, 16:40], images[1, 1, 30:50, 10:30] = -0.5, -0.8
+    return *invert(stack, images, steps=20, seed=3), images
+
+
+def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_further(stack, code):
+    z_i, x_T, _ = code
+    again = decode(stack, z_i[:, None], x_T[:, None], steps=20)[:, 0]
+    made = variations(stack, z_i, x_T, 3, (0, 0.4, 1), steps=20, seed=5)
+    assert made.shape == (2, 3, 3, 3, 64, 64)
+    assert torch.allclose(made[:, 0], again[:, None].expand(-1, 3, -1, -1, -1), atol=1e-4)
+    near, far = ((made[:, k] - again[:, None]).square().mean() for k in (1, 2))
+    assert 0 < near < far
+    assert not torch.allclose(made[0, 2, 0], made[0, 2, 1], atol=0.05)
+    alone = variations(stack, z_i[:1], x_T[:1], 3, (1,), steps=20, seed=5)
+    assert torch.allclose(alone[0, 0], made[0, 2], atol=2 / 255)
+
+
+def test_interpolations_end_in_both_reconstructions_and_fixed_noise_stays(stack, code, monkeypatch):
+    z_i, x_T, _ = code
+    again = decode(stack, z_i[:, None], x_T[:, None], steps=20)[:, 0]
+    a, b = zip(z_i.split(1), x_T.split(1))
+    made = interpolate(stack, a, b, 5, steps=20)
+    assert made.shape == (1, 1, 5, 3, 64, 64)
+    assert torch.allclose(made[0, 0, 0], again[0], atol=1e-3) and torch.allclose(made[0, 0, -1], again[1], atol=1e-3)
+    seen = []
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z, x, *rest, **named: seen.append((z, x)) or torch.zeros_like(x))
+    interpolate(stack, a, b, 5, "fixed", rows=2, seed=7)
+    assert len(seen) == 2 and all(torch.equal(x[:, :1].expand_as(x), x) for _, x in seen)  # one noise along a row
+    assert not torch.allclose(seen[0][1], seen[1][1]) and torch.equal(seen[0][0], seen[1][0])
+    assert torch.allclose(seen[0][0][0, 2], slerp(a[0], b[0], 0.5)[0])
+
+
+def test_a_text_diff_moves_z_i_by_a_share_of_the_angle_to_the_difference_and_keeps_x_T(stack, code, monkeypatch):
+    z_i, x_T, _ = code
+    seen = []
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z, x, *rest, **named: seen.append((z, x)) or x)
+    text_diff(stack, z_i, x_T, "a blue star", "a red circle", maximum=0.4, frames=5)
+    read = lambda caption: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [caption])[0]["z_t"]
+    z_d = torch.nn.functional.normalize(read("a blue star") - read("a red circle"), dim=1)
+    angle = lambda u, v: 2 * torch.asin((u.double() - v.double()).norm(dim=-1) / 2)
+    z, x = seen[0]
+    assert torch.allclose(z[:, 0], z_i, atol=1e-6) and torch.equal(x, x_T[:, None].expand_as(x))
+    whole = angle(z_i, z_d)
+    for k in range(5):
+        assert torch.allclose(angle(z[:, k], z_i), 0.1 * k * whole, atol=1e-3)
+        assert torch.allclose(angle(z[:, k], z_d), (1 - 0.1 * k) * whole, atol=1e-3)
+    text_diff(stack, z_i, x_T, "a blue star", maximum=1, frames=2)
+    assert torch.allclose(seen[1][0][:, 1], read("a blue star").expand_as(z_i), atol=1e-5)  # no source: towards z_t itself
+    with pytest.raises(UserError, match="must differ"):
+        text_diff(stack, z_i, x_T, "a star", "a star")
+    with pytest.raises(UserError, match="3 captions for 2 pictures"):
+        text_diff(stack, z_i, x_T, ["a star"] * 3)
+
+
+def test_the_first_k_components_keep_the_most_and_all_of_them_keep_z_i(stack, monkeypatch):
+    """Embeddings that vary along three directions, more along the first: the projection's error falls as theory says."""
+    d, n, deviations = 16, 4000, torch.tensor([0.3, 0.2, 0.1])
+    axes = torch.linalg.qr(torch.randn(d, d))[0]
+    z_i = torch.nn.functional.normalize(axes[3] + (torch.randn(n, 3) * deviations) @ axes[:3], dim=1)
+    mean, components = z_i.mean(0), torch.linalg.eigh(z_i.T.double().cov())[1].flip(1).T.float()
+    seen = []
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z, *rest, **named: seen.append(z) or z)
+    pca_reconstruct(stack, z_i, torch.zeros(n, 3, 4, 4), mean, components, (0, 1, 2, 3, d))
+    z = seen[0]
+    assert torch.allclose(z.norm(dim=-1), torch.ones(n, 5), atol=1e-5)
+    errors = (z - z_i[:, None]).square().sum(-1).mean(0)
+    assert (errors[:-1] > errors[1:]).all() and errors[-1] < 1e-9
+    assert float(errors[2]) < 0.02 < float(errors[1]) < float(errors[0])
+    assert torch.allclose(z[:, 0], torch.nn.functional.normalize(mean, dim=0).expand(n, -1), atol=1e-5)
+    with pytest.raises(UserError, match="between 0 and 16"):
+        pca_reconstruct(stack, z_i, torch.zeros(n, 3, 4, 4), mean, components, (17,))
+
+
+def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
+    z_i, x_T, _ = code
+    make = lambda captions: decode(stack, z_i[:, None], x_T[:, None], captions, steps=5)
+    one, each, other = make("a red circle"), make(["a red circle"] * 2), make(["a red circle", "a small blue star"])
+    assert torch.equal(one, each) and torch.allclose(one[0], other[0], atol=1e-4) and not torch.allclose(one[1], other[1], atol=1e-3)
+    with pytest.raises(UserError, match="1 captions for 2 pictures"):
+        make(["a star"])
+
+
+@pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0)])
+def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
+    """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise."""
+    monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), torch.randn(len(images), 3, 64, 64)))
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
+    result = manipulations.PARTS[part](None, SimpleNamespace(n=4, seed=0, steps=[50]))
+    assert sum(line.startswith("|---") for line in capsys.readouterr().out.splitlines()) == tables
+    if part == "inversion":
+        assert result[50]["psnr"][0] > 100 and abs(result[50]["variance"][0] - 1) < 0.05 and abs(result[50]["neighbours"][0]) < 0.05
+        groups = result["swapped"].values()
+    elif part == "variations":
+        assert all(w["distance"] < 1e-6 and not w["moved"] > 0.01 for w in result["wander"].values())
+        groups = result["kept"].values()
+    else:
+        assert result["largest difference"] < 1e-3 and result["psnr of the ends"] > 100
+        groups = []
+    assert all(value == 1 or math.isnan(value) for group in groups for value in group.values())
+
+
+# ----------------------------------------------------------------------------- the way in
+
+def test_any_kind_of_picture_comes_in_upright_on_white_and_at_full_range(stack, tmp_path):
+    """The same 120×80 picture, black at its left and white at its right, in every mode: the same square tensor."""
+    ramp = np.tile(np.linspace(0, 255, 120).astype(np.uint8), (80, 1))
+    grey = Image.fromarray(ramp)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the file lies on its side: turn it by 90° clockwise to look at it
+    transparent = Image.merge("LA", (Image.new("L", grey.size, 0), Image.fromarray(255 - ramp)))  # black, fading out
+    files = {"grey.png": grey, "rgb.png": grey.convert("RGB"), "cmyk.tif": grey.convert("CMYK"), "palette.png": grey.convert("P"),
+             "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257), "transparent.png": transparent, "large.png": grey.resize((1200, 800))}
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    grey.rotate(90, expand=True).convert("RGB").save(tmp_path / "turned.png", exif=exif)
+    want = manipulate.load_picture(stack, tmp_path / "grey.png")
+    assert want.shape == (1, 3, 64, 64) and want.abs().max() <= 1 and float(want[..., -1].mean() - want[..., 0].mean()) > 1.2
+    for name in [*files, "turned.png"]:
+        assert torch.allclose(manipulate.load_picture(stack, tmp_path / name), want, atol=0.03), name
+
+
+# ----------------------------------------------------------------------------- the script
+
+def run(monkeypatch, *arguments):
+    """manipulate.py as a user runs it, but in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["manipulate.py", *map(str, arguments), "--device", "cpu"])
+    try:
+        manipulate.main()
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("command, frames, rows", [
+    (["variations", "PICTURE", "--n", "2", "--eta", "0", "1"], 3, (2, 2)),
+    (["interpolate", "PICTURE", "PICTURE", "--frames", "3"], 3, (3, 1)),
+    (["interpolate", "PICTURE", "PICTURE", "--frames", "3", "--noise", "fixed", "--rows", "2"], 6, (3, 2)),
+    (["textdiff", "PICTURE", "--from", "a red circle", "--to", "a blue star", "--frames", "3"], 3, (3, 1)),
+    (["reconstruct", "PICTURE", "--components", "1", "4", "16", "--rows", "2"], 6, (3, 2))])
+def test_each_command_writes_a_strip_and_its_frames(command, frames, rows, size, weights, picture, tmp_path, monkeypatch, capsys):
+    command = [picture if c == "PICTURE" else c for c in command]
+    assert run(monkeypatch, *command, "--steps", "3", "--size", size, "--weights", weights, "--out", tmp_path / "out", "--gif") == 0
+    out, err = capsys.readouterr()
+    *paths, gif = out.split()
+    assert len(paths) == 1 + frames and "dB of the picture" in err
+    cell = max(128, size)
+    assert Image.open(paths[0]).size == (rows[0] * cell, rows[1] * (cell + cell // 6))
+    assert all(Image.open(p).size == (size, size) for p in paths[1:])
+    assert Image.open(paths[1]).info["settings"].startswith(command[0])
+    with Image.open(gif) as animation:
+        assert animation.size == (size, size)
+    labels = np.asarray(Image.open(paths[0]).convert("L"))[cell:cell + cell // 6]
+    assert (labels < 128).sum() > 20  # something is written under the pictures
+
+
+def test_a_latent_file_stands_for_its_picture(weights, picture, tmp_path, monkeypatch, capsys):
+    common = ["variations", "--n", "1", "--eta", "0", "--weights", weights]
+    assert run(monkeypatch, *common, picture, "--steps", "5", "--caption", "a star", "--save-latent", tmp_path / "a.pt", "--out",
+               tmp_path / "first.png") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "invert", None)  # no need for it
+        assert run(patch, *common, tmp_path / "a.pt", "--out", tmp_path / "second.png") == 0
+    assert "dB" not in capsys.readouterr().err
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_a_poor_reconstruction_is_told_with_what_to_do(weights, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decoder, "invert", lambda model, x_0, *rest: torch.randn_like(x_0))
+    assert run(monkeypatch, "variations", picture, "--n", "1", "--steps", "4", "--weights", weights, "--out", tmp_path / "x.png") == 0
+    assert "warning: hardly it. Try --steps 20" in capsys.readouterr().err
+
+
+def damaged(tmp_path, weights, **change):
+    """A latent file for the stack's decoder, changed."""
+    model = clip_embed.load_model(decoder.Decoder, decoder.DecoderConfig, clip_embed.read_checkpoint(weights / "decoder.pt", "decoder"), "")
+    latent = {"stage": "latent", "config": {"decoder": clip_embed.fingerprint(model), "caption": "", "steps": 3},
+              "model": {"z_i": unit(1, 16), "x_T": torch.randn(1, 3, 64, 64)}}
+    for key, value in change.items():
+        latent["model" if key in ("z_i", "x_T") else "config"][key] = value
+    torch.save(latent, tmp_path / "latent.pt")
+    return tmp_path / "latent.pt"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["variations", "nowhere.png"], "no such file"),
+    (["variations", "TEXT"], "not a picture that can be read"),
+    (["variations", "PICTURE", "--eta", "1.5"], "--eta [1.5]: must be between 0 and 1"),
+    (["variations", "PICTURE", "--eta", "nan"], "--eta [nan]: must be between 0 and 1"),
+    (["textdiff", "PICTURE", "--to", "a star", "--max", "1.1"], "--max 1.1: must be between 0 and 1"),
+    (["textdiff", "PICTURE", "--to", "a star", "--from", "a star"], "must differ"),
+    (["textdiff", "PICTURE"], "--to"),
+    (["textdiff", "PICTURE", "--to", "a", "b"], "unrecognized arguments: b"),
+    (["interpolate", "PICTURE"], "PICTURE"),
+    (["interpolate", "PICTURE", "PICTURE", "--frames", "1"], "--frames 1: must be between 2 and 1000"),
+    (["interpolate", "PICTURE", "PICTURE", "--save-latent", "a.pt"], "a NAME.pt for each of the 2 pictures"),
+    (["variations", "PICTURE", "--save-latent", "a.png"], "a NAME.pt for each of the 1 pictures"),
+    (["reconstruct", "PICTURE", "--components", "17"], "components 17: must be between 0 and 16"),
+    (["variations", "PICTURE", "--steps", "1"], "--steps 1: must be between 2 and 950"),
+    (["variations", "nowhere.pt"], "no such file"),
+    (["variations", "TEXT.pt"], "damaged"),
+    (["variations", "PICTURE", "--out", "/dev/null/x"], "cannot write there")])
+def test_wrong_use_is_one_clear_line(arguments, said, weights, picture, tmp_path, monkeypatch, capsys):
+    for name in ("text", "text.pt"):
+        (tmp_path / name).write_text("no picture")
+    names = {"PICTURE": picture, "TEXT": tmp_path / "text", "TEXT.pt": tmp_path / "text.pt"}
+    extra = [] if "--steps" in arguments else ["--steps", "2"]
+    extra += [] if "--out" in arguments else ["--out", tmp_path / "out"]
+    assert run(monkeypatch, *(names.get(a, a) for a in arguments), *extra, "--weights", weights) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1].split("\r")[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"decoder": "0123456789abcdef"}, "another decoder"),
+    ({"x_T": torch.randn(1, 3, 32, 32)}, "x_T should be finite floats of shape (1, 3, 64, 64), is (1, 3, 32, 32)"),
+    ({"z_i": torch.full((1, 16), math.nan)}, "z_i should be finite floats"),
+    ({"z_i": torch.ones(1, 16, dtype=torch.long)}, "z_i should be finite floats"),
+    ({"z_i": "a string"}, "z_i should be finite floats"),
+    ({"steps": 10 ** 9}, "in how many steps"), ({"steps": "3"}, "in how many steps"), ({"caption": 7}, "with what caption")])
+def test_a_foreign_or_damaged_latent_file_is_refused_in_one_line(change, said, weights, tmp_path, monkeypatch, capsys):
+    path = damaged(tmp_path, weights, **change)
+    assert run(monkeypatch, "variations", path, "--weights", weights, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert said in err and str(path) in err and len(err.splitlines()) == 1
+
+
+def test_a_latent_file_is_decoded_as_it_was_inverted_or_not_at_all(weights, tmp_path, monkeypatch, capsys):
+    path = damaged(tmp_path, weights)
+    assert run(monkeypatch, "variations", path, "--steps", "4", "--weights", weights) == 2
+    assert "was inverted with caption '' in 3 steps" in capsys.readouterr().err
+    assert run(monkeypatch, "variations", path, "--caption", "a star", "--weights", weights) == 2
+    assert "so not with 'a star' in 3" in capsys.readouterr().err
+
+
+def test_without_an_autoregressive_prior_there_are_no_components(weights, picture, monkeypatch, capsys):
+    (weights / "ar-prior.pt").unlink()
+    assert run(monkeypatch, "reconstruct", picture, "--weights", weights) == 2
+    assert "ar-prior.pt: no such file" in capsys.readouterr().err
