@@ -18,13 +18,11 @@ import contextlib
 import gzip
 import hashlib
 import html
-import io
 import json
 import math
 import mmap
 import pickle
 import re
-import struct
 import sys
 import unicodedata
 import warnings
@@ -90,13 +88,12 @@ def bytes_to_unicode():
 def split_words(text):
     """Cut cleaned text into CLIP's words: contractions, runs of letters, single digits, runs of the rest.
 
-    CLIP's pattern has \\p{L} and \\p{N}, which the standard library's lacks: a copy of the text, in which an "a" stands for
-    every letter outside ASCII, a "0" for every number and a "-" for the rest, is cut in its place.
+    CLIP's pattern asks for \\p{L} and \\p{N}, unknown to the standard library: it is put to a copy of the text where "a" stands
+    for each letter outside ASCII, "0" for each number, "-" for the rest.
     """
-    stand_in = {"L": "a", "N": "0"}
-    ascii_text = "".join(c if c.isascii() else " " if c.isspace() else stand_in.get(unicodedata.category(c)[0], "-") for c in text)
-    words = re.finditer(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", ascii_text, re.IGNORECASE)
-    return [text[word.start():word.end()] for word in words]
+    kind = lambda c: " " if c.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "-")
+    pattern = r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+"
+    return [text[m.start():m.end()] for m in re.finditer(pattern, "".join(c if c.isascii() else kind(c) for c in text), re.I)]
 
 
 def clean(text):
@@ -493,7 +490,10 @@ def check_clip(checkpoint, path, mark, clip_path):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = dict(zip("Double Float Half BFloat16 Long Int Short Char Byte Bool".split(), DTYPES.values()))
+HARMLESS = {"collections.OrderedDict": OrderedDict,  # all that a pickle of tensors needs, with torch's names of the dtypes above
+            "torch._utils._rebuild_tensor_v2": lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
+            **dict(zip([f"torch.{kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()],
+                       DTYPES.values()))}
 NO_WEIGHT = r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$"  # tensors that some keep beside
 MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
@@ -506,17 +506,17 @@ def read_safetensors(path):
     """
     with reading(path, "a .safetensors file", ".safetensors file"), open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(memory[:8], "little")
+        start = end = 8 + int.from_bytes(memory[:8], "little")
         if start > len(memory):
             raise UserError(f"{path}: says that its header ends at byte {start}, but has {len(memory)}: damaged or truncated")
-        header, end, tensors = json.loads(memory[8:start]), start, {}
+        header, tensors = json.loads(memory[8:start]), {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], [start + n for n in entry["data_offsets"]]
             begin, count = end, math.prod(shape)
             end = begin + count * dtype.itemsize
             if place != [begin, end] or end > len(memory) or min(shape, default=0) < 0:
-                raise UserError(f"{path}: tensor {name}, {shape}, lies at bytes {place} of {len(memory)}, expected {[begin, end]}")
+                raise UserError(f"{path}: tensor {name}, {shape}, is at bytes {place} of {len(memory)}, expected {[begin, end]}")
             flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
             tensors[name] = flat.view(shape)
         if end != len(memory):
@@ -525,7 +525,7 @@ def read_safetensors(path):
 
 
 class Inert(dict):
-    """What stands for each of TorchScript's own objects: what is in it and in its parts, by dotted names."""
+    """What stands for an object of a TorchScript module: what is in it and in its parts, by dotted names."""
 
     def __setstate__(self, state):
         for name, value in state.items():  # pop: each thing has one owner, whatever a hostile pickle says
@@ -536,33 +536,32 @@ def read_archive(path):
     """What torch.save or torch.jit.save wrote, tensors memory-mapped, code neither kept nor run. Raises UserError.
 
     Both are a zip file of a pickle, data.pkl, and each storage's bytes, data/N. Here the pickle may call nothing but what
-    makes tensors of those bytes; the objects of a TorchScript module become Inert.
+    makes tensors of those bytes; a TorchScript module becomes Inert.
     """
     expected = "the clip checkpoint that `python train.py clip` writes, OpenAI's .pt or a Hugging Face folder"
     with reading(path, expected), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        folder = [name for name in archive.namelist() if name.endswith("/data.pkl")][0].removesuffix("data.pkl")
-        known = {f"torch.{kind}Storage": dtype for kind, dtype in STORAGES.items()} | {
-            "torch._utils._rebuild_tensor_v2": lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
-            "collections.OrderedDict": OrderedDict}
+        stored = {member.filename.partition("/")[2]: member for member in archive.infolist() if not member.compress_type}
 
         class Restricted(pickle.Unpickler):
             def find_class(self, module, name):
-                if f"{module}.".startswith("__torch__."):
+                if module.split(".")[0] == "__torch__":
                     return Inert
-                if f"{module}.{name}" not in known:
-                    raise UserError(f"{path}: refused: its pickle would call {module}.{name}, which makes no tensor")
-                return known[f"{module}.{name}"]
+                if module == "torch.jit._pickle":  # typed lists, which hold no weights
+                    return lambda *_: None
+                if f"{module}.{name}" not in HARMLESS:
+                    raise pickle.UnpicklingError(f"refused: its pickle would call {module}.{name}")
+                return HARMLESS[f"{module}.{name}"]
 
             def persistent_load(self, storage):
                 _, dtype, key, _, count = storage
-                record = archive.getinfo(f"{folder}data/{key}")
-                if record.compress_type or record.file_size != count * dtype.itemsize:
-                    raise ValueError(f"{record.filename} has {record.file_size} bytes, expected {count * dtype.itemsize}")
-                name, extra = struct.unpack_from("<HH", memory, record.header_offset + 26)  # lengths, before the bytes
-                return torch.frombuffer(memory, dtype=dtype, count=count, offset=record.header_offset + 30 + name + extra)
+                member = stored[f"data/{key}"]
+                if member.file_size != count * dtype.itemsize:
+                    raise ValueError(f"{member.filename} has {member.file_size} bytes, expected {count * dtype.itemsize}")
+                names = np.frombuffer(memory, "<u2", 2, member.header_offset + 26)  # lengths of what stands before the bytes
+                return torch.frombuffer(memory, dtype=dtype, count=count, offset=member.header_offset + 30 + int(names.sum()))
 
-        return Restricted(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
+        return Restricted(archive.open(stored["data.pkl"])).load()
 
 
 def openai_config(tensors, path):
@@ -588,24 +587,24 @@ def read_json(path, expected):
 
 def hugging_face_config(path):
     """CLIPConfig of a Hugging Face config.json. Raises UserError."""
+    towers = {"vision_config": {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+                                "num_attention_heads": 12, "hidden_act": "quick_gelu"},  # what may be left out, in our order
+              "text_config": {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12,
+                              "num_attention_heads": 8, "hidden_act": "quick_gelu"}}
     config = read_json(path, "the config.json of a Hugging Face CLIP")
-    vision = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-              "hidden_act": "quick_gelu"}  # what config.json leaves out, in the order of CLIPConfig
-    text = {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12,
-            "num_attention_heads": 8, "hidden_act": "quick_gelu"}
     with reading(path, "a CLIP with both towers"):
-        *vision, vision_act = (config["vision_config"].get(k, v) for k, v in vision.items())
-        *text, act = (config["text_config"].get(k, v) for k, v in text.items())
-        if act != vision_act:
-            raise UserError(f"{path}: hidden_act is {vision_act!r} for images and {act!r} for text; expected one for both")
+        (*vision, look), (*text, act) = ([config[tower].get(k, v) for k, v in sizes.items()] for tower, sizes in towers.items())
+        if look != act:
+            raise UserError(f"{path}: hidden_act is {look!r} for images and {act!r} for text; expected one for both")
         return CLIPConfig(config.get("projection_dim", 512), *vision, *text, act)
 
 
 HUGGING_FACE = {  # parts of our names and of theirs, replaced in this order
     "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight", "visual.": "vision_model.",
-    "transformer.resblocks": "encoder.layers", "attn": "self_attn", "c_fc": "fc1", "c_proj": "fc2", "conv1": "embeddings.patch_embedding",
-    "class_emb": "embeddings.class_emb", "token_emb": "embeddings.token_emb", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
-    "positional_embedding": "embeddings.position_embedding.weight", "ln_final": "final_layer_norm", "ln_": "layer_norm"}
+    "transformer.resblocks": "encoder.layers", "attn": "self_attn", "c_fc": "fc1", "c_proj": "fc2",
+    "conv1": "embeddings.patch_embedding", "class_emb": "embeddings.class_emb", "token_emb": "embeddings.token_emb",
+    "positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm", "ln_": "layer_norm"}
 
 
 def hugging_face(ours):
@@ -629,8 +628,8 @@ def read_tokenizer(folder, config, bpe=None):
     """
     paths = [Path(bpe)] if bpe else [folder / "merges.txt", folder / MERGES]
     path = next((p for p in paths if p.is_file()), paths[-1])
-    with reading(path, f"CLIP's merges beside the weights or by --bpe: {MERGES} of https://github.com/openai/CLIP (folder clip), or "
-                 "merges.txt of the model's page on https://huggingface.co", "merges"):
+    with reading(path, f"beside the weights, or given by --bpe, {MERGES} from https://github.com/openai/CLIP (folder clip), or "
+                 "merges.txt from the model's page on https://huggingface.co", "merges"):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             lines = file.read(1 << 26).decode().splitlines()
     lines = lines[:config.vocab_size - 513] if path.suffix == ".gz" else lines  # OpenAI's go on beyond what its models use
@@ -640,13 +639,13 @@ def read_tokenizer(folder, config, bpe=None):
             raise UserError(f"{path}: line {number} is {line[:60]!r}, expected two symbols, each a byte's or merged before")
         known.add(line.replace(" ", ""))
     tokenizer = Tokenizer([line.split() for line in lines[1:]], config.context_length)
-    beside = path.with_name("vocab.json")
-    vocabulary = read_json(beside, "a vocabulary") if beside.exists() else tokenizer.ids
-    if vocabulary != tokenizer.ids or len(tokenizer) != config.vocab_size:
-        raise UserError(f"{path}: makes {len(tokenizer)} tokens, the weights have {config.vocab_size}, vocab.json {len(vocabulary)}; "
-                        "expected the same in all")
-    if (folder / "tokenizer_config.json").exists():
-        pad = read_json(folder / "tokenizer_config.json", "a tokenizer's settings").get("pad_token", END)
+    vocabulary, settings = path.with_name("vocab.json"), folder / "tokenizer_config.json"
+    ids = read_json(vocabulary, "a vocabulary") if vocabulary.exists() else tokenizer.ids
+    if ids != tokenizer.ids or len(tokenizer) != config.vocab_size:
+        raise UserError(f"{path}: makes {len(tokenizer)} tokens, the weights have {config.vocab_size}, vocab.json has {len(ids)}; "
+                        "expected the same")
+    if settings.exists():
+        pad = read_json(settings, "a tokenizer's settings").get("pad_token", END)
         tokenizer.pad = tokenizer.ids.get(pad["content"] if isinstance(pad, dict) else pad, tokenizer.end)
     return tokenizer
 
@@ -659,9 +658,10 @@ def load_clip(path, bpe=None):
     """
     path, layout = Path(path), dict
     if path.is_dir():
-        path = path / ("model.safetensors" if (path / "model.safetensors").exists() else "pytorch_model.bin")
+        path /= next((name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), "model.safetensors")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
     if isinstance(tensors, Inert):
+        tensors = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
         config = openai_config(tensors, path)
     elif path.suffix in (".safetensors", ".bin"):
         config, layout = hugging_face_config(path.with_name("config.json")), hugging_face
@@ -673,7 +673,7 @@ def load_clip(path, bpe=None):
             raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, its config says {clip.config.vocab_size}")
         return clip, tokenizer
     tokenizer = read_tokenizer(path.parent, config, bpe)
-    weights = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and not re.search(NO_WEIGHT, k)}
+    weights = {k: v for k, v in tensors.items() if not re.search(NO_WEIGHT, k)}
     return load_model(CLIP, CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, path, layout), tokenizer
 
 
@@ -682,7 +682,9 @@ def main():
     parser = argparse.ArgumentParser(description="How well does each caption fit each picture? Cosine of z_i and z_t, "
                                      "and the softmax over the captions at CLIP's own temperature.")
     parser.add_argument("inputs", nargs="+", metavar="PICTURE|CAPTION", help="picture files first, then captions")
-    parser.add_argument("--clip", default=Path(__file__).parent / "weights/shapes/clip.pt", help="CLIP checkpoint")
+    parser.add_argument("--clip", default=Path(__file__).parent / "weights/shapes/clip.pt", metavar="PATH",
+                        help="OpenAI's .pt, a Hugging Face folder, or a checkpoint of train.py (default: the shipped one)")
+    parser.add_argument("--bpe", metavar="PATH", help="CLIP's merges file, where none lies beside the weights")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors(), torch.no_grad():
@@ -691,7 +693,7 @@ def main():
         captions = [c for c in args.inputs if c not in paths]
         if not paths or not captions:
             raise UserError("give at least one picture and one caption, as in: picture.png \"a red circle\" \"a blue star\"")
-        clip, tokenizer = load_clip(args.clip)
+        clip, tokenizer = load_clip(args.clip, args.bpe)
         clip.to(device)
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:

@@ -234,10 +234,10 @@ def main():
         if not (2 <= args.n <= 1000 and 1 <= args.steps <= 1000 and 0 <= args.guidance <= 100):
             raise ce.UserError("--n must be between 2 and 1000, --steps between 1 and 1000, --guidance between 0 and 100")
         device = ce.pick_device(args.device)
-        clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
-        path = args.weights / "prior.pt"
-        model = ce.load_model(DiffusionPrior, PriorConfig, ce.read_checkpoint(path, "prior"), path)
-        clip, model = clip.to(device), model.to(device)
+        path, clip_path = args.weights / "prior.pt", args.weights / "clip.pt"
+        (clip, tokenizer), checkpoint = ce.load_clip(clip_path), ce.read_checkpoint(path, "prior")
+        ce.check_clip(checkpoint, path, ce.fingerprint(clip), clip_path)
+        clip, model = clip.to(device), ce.load_model(DiffusionPrior, PriorConfig, checkpoint, path).to(device)
         for caption in args.captions:
             text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
             generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
