@@ -499,7 +499,7 @@ MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, memory-mapped: read when used, copied when written to. Raises UserError.
+    """{name: tensor} of a .safetensors file, memory-mapped: read when used, so the file must stay as it is. Raises UserError.
 
     The format: the header's length (8 bytes, little-endian); the header, JSON, {name: {"dtype", "shape", "data_offsets"}};
     the tensors' bytes, one after another without gap or overlap.
@@ -661,7 +661,6 @@ def load_clip(path, bpe=None):
         path /= next((name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), "model.safetensors")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
     if isinstance(tensors, Inert):
-        tensors = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
         config = openai_config(tensors, path)
     elif path.suffix in (".safetensors", ".bin"):
         config, layout = hugging_face_config(path.with_name("config.json")), hugging_face
@@ -673,7 +672,7 @@ def load_clip(path, bpe=None):
             raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, its config says {clip.config.vocab_size}")
         return clip, tokenizer
     tokenizer = read_tokenizer(path.parent, config, bpe)
-    weights = {k: v for k, v in tensors.items() if not re.search(NO_WEIGHT, k)}
+    weights = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and not re.search(NO_WEIGHT, k)}
     return load_model(CLIP, CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, path, layout), tokenizer
 
 
