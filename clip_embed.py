@@ -7,20 +7,27 @@ unCLIP inverts the image encoder: z_i is what the prior predicts from a caption 
 paints from. The two towers are trained so that a picture and its own caption point the same way, and
 stay frozen afterwards. Read the file from top to bottom: byte-level BPE, the two transformers under
 the names that OpenAI's code gave them (so that published weights fit), the contrastive loss, the
-pictures' way in, and checkpoints.
+pictures' way in, checkpoints, and the CLIPs that others published.
 
     python clip_embed.py picture.png "a red circle" "a blue star"
+    python clip_embed.py --clip ViT-B-32.pt pictures/*.jpg "a photo of a dog" "a photo of a cat"
 """
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import html
+import json
+import math
+import mmap
+import pickle
 import re
 import sys
 import unicodedata
 import warnings
-from collections import Counter
+import zipfile
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -81,21 +88,12 @@ def bytes_to_unicode():
 def split_words(text):
     """Cut cleaned text into CLIP's words: contractions, runs of letters, single digits, runs of the rest.
 
-    CLIP's pattern is 's|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+; the standard library has
-    no \\p, so the Unicode category of each character decides.
+    CLIP's pattern asks for \\p{L} and \\p{N}, unknown to the standard library: it is put to a copy of the text where "a" stands
+    for each letter outside ASCII, "0" for each number, "-" for the rest.
     """
-    kind = lambda c: " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "other")
-    words, i = [], 0
-    while i < len(text):
-        contraction = re.match(r"'(?:s|t|re|ve|m|ll|d)", text[i:i + 3])
-        j = i + (contraction.end() if contraction else 1)
-        if not contraction and kind(text[i]) != "N":
-            while j < len(text) and kind(text[j]) == kind(text[i]):
-                j += 1
-        if not text[i].isspace():
-            words.append(text[i:j])
-        i = j
-    return words
+    kind = lambda c: " " if c.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "-")
+    pattern = r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+"
+    return [text[m.start():m.end()] for m in re.finditer(pattern, "".join(c if c.isascii() else kind(c) for c in text), re.I)]
 
 
 def clean(text):
@@ -140,17 +138,18 @@ class Tokenizer:
     """CLIP's byte-level BPE: any text in, (B, context_length) token numbers out.
 
     The vocabulary is the 256 bytes, the 256 bytes that end a word, one entry a merge, start and end:
-    what CLIP's `bpe_simple_vocab` and `vocab.json` hold, in their order. No text is outside it.
+    what CLIP's `bpe_simple_vocab` and `vocab.json` hold, in their order. No text is outside it. `pad` is the token
+    that fills a row after its end: 0 in OpenAI's code, often the end token in Hugging Face's folders.
     """
 
-    def __init__(self, merges, context_length=77):
+    def __init__(self, merges, context_length=77, pad=0):
         self.merges = [tuple(m) for m in merges]
         self.rank = {pair: n for n, pair in enumerate(self.merges)}
         alphabet = list(bytes_to_unicode().values())
         vocab = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in self.merges] + [START, END]
         self.ids = {token: n for n, token in enumerate(vocab)}
-        self.tokens, self.known = vocab, {}
-        self.start, self.end = self.ids[START], self.ids[END]
+        self.start, self.end, self.pad = self.ids[START], self.ids[END], pad
+        self.tokens, self.known = vocab, {START: [self.start], END: [self.end]}  # as in OpenAI's code, text may spell these two
         self.context_length = context_length
 
     def __len__(self):
@@ -181,8 +180,8 @@ class Tokenizer:
         return raw.decode("utf-8", "replace").strip()
 
     def __call__(self, texts):
-        """Captions → (B, context_length) int64: start, tokens, end, padded with 0. Long ones are cut, with a warning."""
-        out = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        """Captions → (B, context_length) int64: start, tokens, end, padding. Long ones are cut, with a warning."""
+        out = torch.full((len(texts), self.context_length), self.pad)
         for row, text in zip(out, texts):
             ids = self.encode(text)
             if len(ids) > self.context_length - 2:
@@ -409,15 +408,25 @@ def preprocess(picture, size):
 
 # ----------------------------------------------------------------------------- checkpoints
 
+@contextlib.contextmanager
+def reading(path, expected, kind="checkpoint"):
+    """Turn what reading a foreign file can raise (all that zip, json, pickle and torch know) into one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected {expected}") from None
+    except Exception as error:
+        reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        reason = reason.splitlines()[0][:120]
+        raise UserError(f"{path}: damaged, or no {kind} ({reason}); expected {expected}") from None
+
+
 def read_checkpoint(path, stage):
     """The dictionary of a checkpoint file, its stage checked. Raises UserError, naming what was expected."""
-    try:
+    with reading(path, f"the {stage} checkpoint that `python train.py {stage}` writes"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the {stage} checkpoint that `python train.py {stage}` writes") from None
-    except Exception as error:  # a foreign file can fail in any way that zip, pickle and torch know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: damaged, or no checkpoint ({reason}); expected a {stage} checkpoint") from None
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in
                                                    (("stage", str), ("config", dict), ("model", dict))):
         raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")
@@ -426,11 +435,12 @@ def read_checkpoint(path, stage):
     return checkpoint
 
 
-def load_model(build, config_class, checkpoint, path):
+def load_model(build, config_class, checkpoint, path, layout=dict):
     """Build a stage's network from a checkpoint and fill it, float32, in eval mode. Raises UserError.
 
-    The network is built on the meta device, which allocates nothing, and every tensor's name, shape and
-    values are checked before it takes the place of a parameter: a damaged or hostile file is named as such.
+    The network is built on the meta device, which allocates nothing, and every tensor's name, shape and values are
+    checked before it moves from the checkpoint into its parameter: a damaged or hostile file is named as such. `layout`
+    gives the network's state_dict the names and orientations that the file has, as views (hugging_face, for one).
     """
     config, known = checkpoint["config"], sorted(f.name for f in fields(config_class))
     if sorted(config) != known:
@@ -444,8 +454,8 @@ def load_model(build, config_class, checkpoint, path):
             model = build(config_class(**config))
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
-    want, have = model.state_dict(), checkpoint["model"]
-    for name in want.keys() | have.keys():
+    want, have = layout(model.state_dict()), checkpoint["model"]
+    for name in want | have:
         if name not in have:
             raise UserError(f"{path}: tensor {name} is missing, expected shape {tuple(want[name].shape)}")
         if name not in want:
@@ -455,26 +465,215 @@ def load_model(build, config_class, checkpoint, path):
                             f"expected {tuple(want[name].shape)}")
         if not torch.isfinite(have[name]).all():
             raise UserError(f"{path}: tensor {name} holds values that are not finite (NaN or infinity)")
-    model.load_state_dict({k: v.float() for k, v in have.items()}, assign=True)
-    return model.eval().requires_grad_(False)
+    model.to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in layout(model.state_dict()).items():
+        parameter.copy_(have.pop(name))  # gone from the checkpoint: a large one is never in memory twice
+    return model.eval()
 
 
 def fingerprint(clip):
     """Sixteen hex digits that name a CLIP by its weights, equal for float32 and its half-precision copy."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().half().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().half().flatten().numpy())
     return digest.hexdigest()[:16]
 
 
-def load_clip(path):
-    """(CLIP in eval mode, Tokenizer) of the project's own checkpoint. Raises UserError."""
-    checkpoint = read_checkpoint(path, "clip")
-    clip = load_model(CLIP, CLIPConfig, checkpoint, path)
-    tokenizer = Tokenizer([m.split(" ") for m in checkpoint.get("merges", [])], clip.config.context_length)
-    if len(tokenizer) != clip.config.vocab_size:
-        raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, its config says {clip.config.vocab_size}")
-    return clip, tokenizer
+def check_clip(checkpoint, path, mark, clip_path):
+    """Raise UserError where a later stage's checkpoint belongs to another CLIP than the one whose fingerprint is `mark`."""
+    if checkpoint.get("clip", mark) != mark:
+        raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {clip_path} is CLIP {mark}")
+
+
+# ----------------------------------------------------------------------------- published weights
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+HARMLESS = {"collections.OrderedDict": OrderedDict,  # all that a pickle of tensors needs, with torch's names of the dtypes above
+            "torch._utils._rebuild_tensor_v2": lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
+            **dict(zip([f"torch.{kind}Storage" for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()],
+                       DTYPES.values()))}
+NO_WEIGHT = r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$"  # tensors that some keep beside
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, memory-mapped: read when used, so the file must stay as it is. Raises UserError.
+
+    The format: the header's length (8 bytes, little-endian); the header, JSON, {name: {"dtype", "shape", "data_offsets"}};
+    the tensors' bytes, one after another without gap or overlap.
+    """
+    with reading(path, "a .safetensors file", ".safetensors file"), open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = end = 8 + int.from_bytes(memory[:8], "little")
+        if start > len(memory):
+            raise UserError(f"{path}: says that its header ends at byte {start}, but has {len(memory)}: damaged or truncated")
+        header, tensors = json.loads(memory[8:start]), {}
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], [start + n for n in entry["data_offsets"]]
+            begin, count = end, math.prod(shape)
+            end = begin + count * dtype.itemsize
+            if place != [begin, end] or end > len(memory) or min(shape, default=0) < 0:
+                raise UserError(f"{path}: tensor {name}, {shape}, is at bytes {place} of {len(memory)}, expected {[begin, end]}")
+            flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+        if end != len(memory):
+            raise UserError(f"{path}: has {len(memory)} bytes, but its tensors end at {end}")
+        return tensors
+
+
+class Inert(dict):
+    """What stands for an object of a TorchScript module: what is in it and in its parts, by dotted names."""
+
+    def __setstate__(self, state):
+        for name, value in state.items():  # pop: each thing has one owner, whatever a hostile pickle says
+            self.update({f"{name}.{part}": value.pop(part) for part in [*value]} if isinstance(value, Inert) else {name: value})
+
+
+def read_archive(path):
+    """What torch.save or torch.jit.save wrote, tensors memory-mapped, code neither kept nor run. Raises UserError.
+
+    Both are a zip file of a pickle, data.pkl, and each storage's bytes, data/N. Here the pickle may call nothing but what
+    makes tensors of those bytes; a TorchScript module becomes Inert.
+    """
+    expected = "the clip checkpoint that `python train.py clip` writes, OpenAI's .pt or a Hugging Face folder"
+    with reading(path, expected), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        stored = {member.filename.partition("/")[2]: member for member in archive.infolist() if not member.compress_type}
+
+        class Restricted(pickle.Unpickler):
+            def find_class(self, module, name):
+                if module.split(".")[0] == "__torch__":
+                    return Inert
+                if module == "torch.jit._pickle":  # typed lists, which hold no weights
+                    return lambda *_: None
+                if f"{module}.{name}" not in HARMLESS:
+                    raise pickle.UnpicklingError(f"refused: its pickle would call {module}.{name}")
+                return HARMLESS[f"{module}.{name}"]
+
+            def persistent_load(self, storage):
+                _, dtype, key, _, count = storage
+                member = stored[f"data/{key}"]
+                if member.file_size != count * dtype.itemsize:
+                    raise ValueError(f"{member.filename} has {member.file_size} bytes, expected {count * dtype.itemsize}")
+                names = np.frombuffer(memory, "<u2", 2, member.header_offset + 26)  # lengths of what stands before the bytes
+                return torch.frombuffer(memory, dtype=dtype, count=count, offset=member.header_offset + 30 + int(names.sum()))
+
+        return Restricted(archive.open(stored["data.pkl"])).load()
+
+
+def openai_config(tensors, path):
+    """CLIPConfig of OpenAI's weights, read off the tensors' shapes. Raises UserError."""
+    if "visual.layer1.0.conv1.weight" in tensors:
+        raise UserError(f"{path}: is a ResNet CLIP; only those that look with a ViT can be loaded")
+    with reading(path, "the tensors of OpenAI's CLIP"):
+        width, _, patch, _ = tensors["visual.conv1.weight"].shape
+        text_width, embed_dim = tensors["text_projection"].shape
+        patches, context, vocab = (len(tensors[name]) for name in (
+            "visual.positional_embedding", "positional_embedding", "token_embedding.weight"))
+        layers = [len({k.split(".")[n] for k in tensors if k.startswith(tower)})
+                  for n, tower in ((3, "visual.transformer.resblocks."), (2, "transformer.resblocks."))]
+        return CLIPConfig(embed_dim, math.isqrt(patches) * patch, patch, width, layers[0], width // 64,
+                          context, vocab, text_width, layers[1], text_width // 64, "quick_gelu")
+
+
+def read_json(path, expected):
+    """The dictionary in a JSON file. Raises UserError."""
+    with reading(path, expected, "JSON"):
+        return dict(json.loads(path.read_text("utf-8")))
+
+
+def hugging_face_config(path):
+    """CLIPConfig of a Hugging Face config.json. Raises UserError."""
+    towers = {"vision_config": {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+                                "num_attention_heads": 12, "hidden_act": "quick_gelu"},  # what may be left out, in our order
+              "text_config": {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12,
+                              "num_attention_heads": 8, "hidden_act": "quick_gelu"}}
+    config = read_json(path, "the config.json of a Hugging Face CLIP")
+    with reading(path, "a CLIP with both towers"):
+        (*vision, look), (*text, act) = ([config[tower].get(k, v) for k, v in sizes.items()] for tower, sizes in towers.items())
+        if look != act:
+            raise UserError(f"{path}: hidden_act is {look!r} for images and {act!r} for text; expected one for both")
+        return CLIPConfig(config.get("projection_dim", 512), *vision, *text, act)
+
+
+HUGGING_FACE = {  # parts of our names and of theirs, replaced in this order
+    "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight", "visual.": "vision_model.",
+    "transformer.resblocks": "encoder.layers", "attn": "self_attn", "c_fc": "fc1", "c_proj": "fc2",
+    "conv1": "embeddings.patch_embedding", "class_emb": "embeddings.class_emb", "token_emb": "embeddings.token_emb",
+    "positional_embedding": "embeddings.position_embedding.weight", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm", "ln_": "layer_norm"}
+
+
+def hugging_face(ours):
+    """CLIP's state_dict under Hugging Face's names, as views: q, k and v apart, the projections transposed."""
+    theirs = {}
+    for name, tensor in ours.items():
+        for part, their_part in HUGGING_FACE.items():
+            name = name.replace(part, their_part)
+        name = name if name.startswith(("vis", "text", "logit")) else f"text_model.{name}"
+        if "in_proj_" in name:
+            theirs |= {name.replace("in_proj_", f"{k}_proj."): third for k, third in zip("qkv", tensor.chunk(3))}
+        else:
+            theirs[name] = tensor.T if name.endswith("projection.weight") else tensor
+    return theirs
+
+
+def read_tokenizer(folder, config, bpe=None):
+    """A published CLIP's Tokenizer, of the merges in `folder` (vocab.json is checked, where it lies beside) or the file `bpe`.
+
+    Padding is what the folder's tokenizer_config.json says; without one 0, as in OpenAI's code. Raises UserError.
+    """
+    paths = [Path(bpe)] if bpe else [folder / "merges.txt", folder / MERGES]
+    path = next((p for p in paths if p.is_file()), paths[-1])
+    with reading(path, f"beside the weights, or given by --bpe, {MERGES} from https://github.com/openai/CLIP (folder clip), or "
+                 "merges.txt from the model's page on https://huggingface.co", "merges"):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            lines = file.read(1 << 26).decode().splitlines()
+    lines = lines[:config.vocab_size - 513] if path.suffix == ".gz" else lines  # OpenAI's go on beyond what its models use
+    known = {*Tokenizer([]).ids}
+    for number, line in enumerate(lines[1:], 2):  # after the title
+        if len(line.split()) != 2 or not known.issuperset(line.split()):
+            raise UserError(f"{path}: line {number} is {line[:60]!r}, expected two symbols, each a byte's or merged before")
+        known.add(line.replace(" ", ""))
+    tokenizer = Tokenizer([line.split() for line in lines[1:]], config.context_length)
+    vocabulary, settings = path.with_name("vocab.json"), folder / "tokenizer_config.json"
+    ids = read_json(vocabulary, "a vocabulary") if vocabulary.exists() else tokenizer.ids
+    if ids != tokenizer.ids or len(tokenizer) != config.vocab_size:
+        raise UserError(f"{path}: makes {len(tokenizer)} tokens, the weights have {config.vocab_size}, vocab.json has {len(ids)}; "
+                        "expected the same")
+    if settings.exists():
+        pad = read_json(settings, "a tokenizer's settings").get("pad_token", END)
+        tokenizer.pad = tokenizer.ids.get(pad["content"] if isinstance(pad, dict) else pad, tokenizer.end)
+    return tokenizer
+
+
+def load_clip(path, bpe=None):
+    """(CLIP in eval mode, Tokenizer) of the CLIP at `path`, anyone's with a ViT. Raises UserError.
+
+    A Hugging Face folder, or the weights in one (model.safetensors, pytorch_model.bin); OpenAI's .pt, a TorchScript
+    archive; the project's own checkpoint. bpe: a merges file, where none lies beside the weights.
+    """
+    path, layout = Path(path), dict
+    if path.is_dir():
+        path /= next((name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), "model.safetensors")
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
+    if isinstance(tensors, Inert):
+        config = openai_config(tensors, path)
+    elif path.suffix in (".safetensors", ".bin"):
+        config, layout = hugging_face_config(path.with_name("config.json")), hugging_face
+    else:
+        checkpoint = read_checkpoint(path, "clip")
+        clip = load_model(CLIP, CLIPConfig, checkpoint, path)
+        tokenizer = Tokenizer([m.split(" ") for m in checkpoint.get("merges", [])], clip.config.context_length)
+        if len(tokenizer) != clip.config.vocab_size:
+            raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, its config says {clip.config.vocab_size}")
+        return clip, tokenizer
+    tokenizer = read_tokenizer(path.parent, config, bpe)
+    weights = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and not re.search(NO_WEIGHT, k)}
+    return load_model(CLIP, CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, path, layout), tokenizer
 
 
 def main():
@@ -482,7 +681,9 @@ def main():
     parser = argparse.ArgumentParser(description="How well does each caption fit each picture? Cosine of z_i and z_t, "
                                      "and the softmax over the captions at CLIP's own temperature.")
     parser.add_argument("inputs", nargs="+", metavar="PICTURE|CAPTION", help="picture files first, then captions")
-    parser.add_argument("--clip", default=Path(__file__).parent / "weights/shapes/clip.pt", help="CLIP checkpoint")
+    parser.add_argument("--clip", default=Path(__file__).parent / "weights/shapes/clip.pt", metavar="PATH",
+                        help="OpenAI's .pt, a Hugging Face folder, or a checkpoint of train.py (default: the shipped one)")
+    parser.add_argument("--bpe", metavar="PATH", help="CLIP's merges file, where none lies beside the weights")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors(), torch.no_grad():
@@ -491,7 +692,7 @@ def main():
         captions = [c for c in args.inputs if c not in paths]
         if not paths or not captions:
             raise UserError("give at least one picture and one caption, as in: picture.png \"a red circle\" \"a blue star\"")
-        clip, tokenizer = load_clip(args.clip)
+        clip, tokenizer = load_clip(args.clip, args.bpe)
         clip.to(device)
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:

@@ -466,9 +466,10 @@ def main():
             raise ce.UserError("--steps must be between 2 and 950, --seed at least 0, and --out end in .png")
         device = ce.pick_device(args.device)
         picture = ce.open_picture(args.picture)
-        clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
-        path = args.weights / "decoder.pt"
-        model = ce.load_model(Decoder, DecoderConfig, ce.read_checkpoint(path, "decoder"), path).to(device)
+        path, clip_path = args.weights / "decoder.pt", args.weights / "clip.pt"
+        (clip, tokenizer), checkpoint = ce.load_clip(clip_path), ce.read_checkpoint(path, "decoder")
+        ce.check_clip(checkpoint, path, ce.fingerprint(clip), clip_path)
+        model = ce.load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
         small = ImageOps.fit(picture, (model.config.image_size,) * 2, Image.Resampling.BICUBIC)
         x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         clip.to(device)

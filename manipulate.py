@@ -258,6 +258,8 @@ def main():
         add("--save-latent", nargs="+", default=[], metavar="FILE", help="keep each picture's code, as NAME.pt, to give for it")
         add("--seed", type=int, default=0, help="of all noise (default 0)")
         add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
+        add("--clip", metavar="PATH", help="the CLIP they were trained with, where it is not that folder's clip.pt")
+        add("--bpe", metavar="PATH", help="its merges file, where none lies beside it")
         add("--out", type=Path, default=Path("manipulations"), help="folder (default manipulations/); NAME.png: the strip alone")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
         return add
@@ -287,7 +289,7 @@ def main():
         if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
             raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the {len(args.pictures)} pictures")
         kind = "ar" if args.command == "reconstruct" else "none"  # the autoregressive prior keeps z_i's components
-        stack = load_stack(args.weights, pick_device(args.device), args.size, kind)
+        stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip, args.bpe)
         pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)
         for path, pair in zip(args.save_latent, pairs):
             save_latent(path, stack, *pair, caption, steps)

@@ -464,11 +464,15 @@ def main():
             if not low <= getattr(args, name) <= high:
                 raise ce.UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
         device = ce.pick_device(args.device)
-        clip, tokenizer = ce.load_clip(args.weights / "clip.pt")
+        clip_path = args.weights / "clip.pt"
+        clip, tokenizer = ce.load_clip(clip_path)
+        mark = ce.fingerprint(clip)
         clip.to(device)
         for stage, network, config in (("prior", DiffusionPrior, PriorConfig), ("ar-prior", ARPrior, ARConfig)):
             path = args.weights / f"{stage}.pt"
-            model = ce.load_model(network, config, ce.read_checkpoint(path, stage), path).to(device)
+            checkpoint = ce.read_checkpoint(path, stage)
+            ce.check_clip(checkpoint, path, mark, clip_path)
+            model = ce.load_model(network, config, checkpoint, path).to(device)
             for caption in args.captions:
                 text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
                 generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]

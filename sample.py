@@ -38,15 +38,15 @@ PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  #
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion"):
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
 
-    prior_kind is one of PRIORS.
-
-    Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP.
+    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
+    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP.
     """
     weights = Path(weights)
-    clip, tokenizer = clip_embed.load_clip(weights / "clip.pt")
+    clip_path = clip_path or weights / "clip.pt"
+    clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
     stack = {"clip": clip, "tokenizer": tokenizer}
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
     kinds = {k: v for k, v in kinds.items() if k == PRIORS[prior_kind]} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
@@ -56,8 +56,7 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion"):
     for stage, (network, config) in kinds.items():
         path = weights / f"{stage}.pt"
         checkpoint = read_checkpoint(path, stage)
-        if checkpoint.get("clip", mark) != mark:
-            raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {weights / 'clip.pt'} is CLIP {mark}")
+        clip_embed.check_clip(checkpoint, path, mark, clip_path)
         stack[stage] = clip_embed.load_model(network, config, checkpoint, path)
     return {k: v if k == "tokenizer" else v.to(device) for k, v in stack.items()}
 
@@ -185,6 +184,8 @@ def main():
                         help="default 27 15, as in the paper")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
+    parser.add_argument("--clip", metavar="PATH", help="the CLIP they were trained with, where it is not that folder's clip.pt")
+    parser.add_argument("--bpe", metavar="PATH", help="its merges file, where none lies beside it")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples/)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
@@ -197,7 +198,7 @@ def main():
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
         if any(not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
-        stack = load_stack(args.weights, pick_device(args.device), args.size, args.prior_kind)
+        stack = load_stack(args.weights, pick_device(args.device), args.size, args.prior_kind, args.clip, args.bpe)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                                                  "decoder_steps", "eta", "upsample_steps")}

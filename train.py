@@ -485,9 +485,10 @@ def train(stage, args, device):
         state = checkpoint.get("training")
         if state is None or checkpoint["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
-        changed = [k for k, v in ({"seed": args.seed} | extra).items() if (state | checkpoint)[k] != v]
-        if changed:
-            raise UserError(f"{path}: cannot be resumed, it was trained with another {' and '.join(changed)}")
+        for name, value in ({"seed": args.seed} | extra).items():
+            if (state | checkpoint)[name] != value:
+                raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
+                                f"{(state | checkpoint)[name]!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -555,8 +556,8 @@ def prepare_clip(args, device):
 
 
 def frozen_clip(args, device):
-    """The CLIP that was trained in the same folder."""
-    clip, tokenizer = clip_embed.load_clip(args.out / "clip.pt")
+    """The CLIP of --clip, or the one that was trained in the same folder."""
+    clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
     context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
     return context, {"clip": clip_embed.fingerprint(clip)}
 
@@ -620,10 +621,10 @@ STAGES = {
 }
 
 
-def export(runs, folder):
+def export(runs, folder, stages=STAGES):
     """Write a run's checkpoints, those there are, in half precision without training state to `folder`. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
+    for stage in stages:
         if stage != "clip" and not (runs / f"{stage}.pt").exists():
             print(f"{runs / stage}.pt: not trained yet, left out", file=sys.stderr)
             continue
@@ -641,13 +642,16 @@ def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(
         description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
-        "--out folder; the upsamplers need nothing.",
+        "--out folder, or --clip; the upsamplers need nothing.",
         epilog="A run that was stopped goes on with the same command and --resume, as if it had never stopped.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
+    parser.add_argument("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's (see clip_embed.py), in "
+                        "place of one trained here")
+    parser.add_argument("--bpe", metavar="PATH", help="the merges file of --clip, where none lies beside it")
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
@@ -670,9 +674,10 @@ def main():
         if args.init and args.stage not in STAGES:
             raise UserError(f"--init {args.init}: a checkpoint is one stage's; train that stage alone")
         device = pick_device(args.device)
+        stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
-            export(args.out, Path(__file__).parent / "weights" / args.preset)
-        for stage in STAGES if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
+            export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
+        for stage in stages if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
             train(stage, args, device)
 
 
