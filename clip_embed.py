@@ -561,7 +561,8 @@ def read_archive(path):
                 names = np.frombuffer(memory, "<u2", 2, member.header_offset + 26)  # lengths of what stands before the bytes
                 return torch.frombuffer(memory, dtype=dtype, count=count, offset=member.header_offset + 30 + int(names.sum()))
 
-        return Restricted(archive.open(stored["data.pkl"])).load()
+        content = Restricted(archive.open(stored["data.pkl"])).load()
+        return content if isinstance(content, dict) else {}
 
 
 def openai_config(tensors, path):
@@ -594,8 +595,8 @@ def hugging_face_config(path):
     config = read_json(path, "the config.json of a Hugging Face CLIP")
     with reading(path, "a CLIP with both towers"):
         (*vision, look), (*text, act) = ([config[tower].get(k, v) for k, v in sizes.items()] for tower, sizes in towers.items())
-        if look != act:
-            raise UserError(f"{path}: hidden_act is {look!r} for images and {act!r} for text; expected one for both")
+        if look != act or any(config[tower].get("layer_norm_eps", 1e-5) != 1e-5 for tower in towers):
+            raise UserError(f"{path}: hidden_act is {look!r} for images, {act!r} for text; expected one, and layer_norm_eps 1e-5")
         return CLIPConfig(config.get("projection_dim", 512), *vision, *text, act)
 
 
@@ -637,16 +638,16 @@ def read_tokenizer(folder, config, bpe=None):
     for number, line in enumerate(lines[1:], 2):  # after the title
         if len(line.split()) != 2 or not known.issuperset(line.split()):
             raise UserError(f"{path}: line {number} is {line[:60]!r}, expected two symbols, each a byte's or merged before")
-        known.add(line.replace(" ", ""))
+        known.add("".join(line.split()))
     tokenizer = Tokenizer([line.split() for line in lines[1:]], config.context_length)
     vocabulary, settings = path.with_name("vocab.json"), folder / "tokenizer_config.json"
     ids = read_json(vocabulary, "a vocabulary") if vocabulary.exists() else tokenizer.ids
     if ids != tokenizer.ids or len(tokenizer) != config.vocab_size:
-        raise UserError(f"{path}: makes {len(tokenizer)} tokens, the weights have {config.vocab_size}, vocab.json has {len(ids)}; "
+        raise UserError(f"{path}: makes {len(tokenizer)} tokens, the weights have {config.vocab_size}, vocab.json {len(ids)}; "
                         "expected the same")
     if settings.exists():
         pad = read_json(settings, "a tokenizer's settings").get("pad_token", END)
-        tokenizer.pad = tokenizer.ids.get(pad["content"] if isinstance(pad, dict) else pad, tokenizer.end)
+        tokenizer.pad = tokenizer.ids.get(str(pad.get("content") if isinstance(pad, dict) else pad), tokenizer.end)
     return tokenizer
 
 
@@ -660,8 +661,9 @@ def load_clip(path, bpe=None):
     if path.is_dir():
         path /= next((name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), "model.safetensors")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
+    weights = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and not re.search(NO_WEIGHT, str(k))}
     if isinstance(tensors, Inert):
-        config = openai_config(tensors, path)
+        config = openai_config(weights, path)
     elif path.suffix in (".safetensors", ".bin"):
         config, layout = hugging_face_config(path.with_name("config.json")), hugging_face
     else:
@@ -671,9 +673,8 @@ def load_clip(path, bpe=None):
         if len(tokenizer) != clip.config.vocab_size:
             raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, its config says {clip.config.vocab_size}")
         return clip, tokenizer
-    tokenizer = read_tokenizer(path.parent, config, bpe)
-    weights = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor) and not re.search(NO_WEIGHT, k)}
-    return load_model(CLIP, CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, path, layout), tokenizer
+    clip = load_model(CLIP, CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, path, layout)
+    return clip, read_tokenizer(path.parent, config, bpe)
 
 
 def main():

@@ -248,6 +248,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(folder, name):
         with pytest.raises(UserError):
             load_clip(path)
     assert not marker.exists()
+    for content in ([1], {3: 4}, {3: torch.zeros(2)}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="holds no stage|vision_layers = 3, a number outside|is surplus|is missing"):
+            load_clip(path)
 
 
 class Storage:
@@ -356,6 +360,7 @@ K_PROJ = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     (replaced("config.json", '"hidden_size": 64', '"hidden_size": 1099511627776'), "number outside"),
     (replaced("config.json", '"num_attention_heads": 4', '"num_attention_heads": 5'), "cannot be shared by 5 heads"),
     (replaced("config.json", '"hidden_act": "quick_gelu",\n    "hidden_size": 64', '"hidden_act": "gelu",\n    "hidden_size": 64'), "hidden_act is 'gelu' for images"),
+    (replaced("config.json", '"layer_norm_eps": 1e-05,\n    "max', '"layer_norm_eps": 1e-06,\n    "max'), "expected one, and layer_norm_eps 1e-5"),
     (replaced("config.json", '"text_config"', '"words_config"'), "'text_config' is missing"),
     (replaced("config.json", "{", "["), "config.json: damaged, or no JSON"),
     (lambda folder: (folder / "config.json").unlink(), "config.json: no such file; expected the config.json of a Hugging Face CLIP"),
@@ -365,10 +370,10 @@ K_PROJ = "vision_model.encoder.layers.1.self_attn.k_proj.weight"
     (replaced("merges.txt", "\no n</w>\n", "\no n</w> x\n"), "merges.txt: line 3"),
     (replaced("merges.txt", "\no n</w>\n", "\no never\n"), "merges.txt: line 3"),
     (lambda folder: (folder / "merges.txt").write_text((folder / "merges.txt").read_text("utf-8").rstrip().rpartition("\n")[0], "utf-8"),
-     "merges.txt: makes 733 tokens, the weights have 734, vocab.json has 734"),
+     "merges.txt: makes 733 tokens, the weights have 734, vocab.json 734"),
     (lambda folder: (folder / "merges.txt").write_bytes(b"#\n\xff\xff"), "merges.txt: damaged, or no merges"),
-    (replaced("vocab.json", '"!": 0, ', ""), "makes 734 tokens, the weights have 734, vocab.json has 733"),
-    (replaced("vocab.json", '"!": 0, "\\"": 1', '"!": 1, "\\"": 0'), "vocab.json has 734; expected the same"),
+    (replaced("vocab.json", '"!": 0, ', ""), "makes 734 tokens, the weights have 734, vocab.json 733"),
+    (replaced("vocab.json", '"!": 0, "\\"": 1', '"!": 1, "\\"": 0'), "vocab.json 734; expected the same"),
     (lambda folder: (folder / "merges.txt").unlink(), f"{BPE}: no such file.*or merges.txt"),
 ])
 def test_a_damaged_folder_is_one_line_and_exit_status_2(folder, damage, message, monkeypatch, capsys):
