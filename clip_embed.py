@@ -419,8 +419,7 @@ def reading(path, expected, kind="checkpoint"):
         raise UserError(f"{path}: no such file; expected {expected}") from None
     except Exception as error:
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-        reason = reason.splitlines()[0][:120]
-        raise UserError(f"{path}: damaged, or no {kind} ({reason}); expected {expected}") from None
+        raise UserError(f"{path}: damaged, or no {kind} ({reason.splitlines()[0][:120]}); expected {expected}") from None
 
 
 def read_checkpoint(path, stage):
