@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
-import sample
 from caption_accuracy import parse_caption, relation_of
-from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor, read_checkpoint
+from clip_embed import (UserError, encode_captions, fingerprint, load_clip, load_model, one_line_errors, pick_device,
+                        preprocess_tensor, read_checkpoint)
+from sample import SHIPPED
 from train import (BACKGROUNDS, RELATIONS, VALUES, Batches, Recipe, Scene, describe, is_held_out, lay_out, pick, random_scene,
                    render, to_tensor, what_to_say)
 
@@ -84,6 +85,20 @@ def fits(scene, said):
                and (not said.relation or relation_of(*things) == said.relation) for things in permutations(scene.things))
 
 # ----------------------------------------------------------------------------- embeddings
+
+
+def load(weights, device):
+    """{"clip", "tokenizer", "prior", "ar-prior"} of a folder. Raises UserError, also where they belong to different CLIPs."""
+    clip, tokenizer = load_clip(weights / "clip.pt")
+    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
+    for stage, (network, config) in kinds.items():
+        path = weights / f"{stage}.pt"
+        checkpoint = read_checkpoint(path, stage)
+        if checkpoint.get("clip") != fingerprint(clip):
+            raise UserError(f"{path}: was trained with another CLIP than {weights / 'clip.pt'}")
+        stack[stage] = load_model(network, config, checkpoint, path).to(device)
+    return stack
 
 
 def embed(stack, scenes):
@@ -205,7 +220,7 @@ def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Compare both priors with each other, with z_t and with true embeddings, on "
                                      "captions that neither was trained on; and analytic with fixed-small variance.")
-    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, help="folder of clip.pt, prior.pt and ar-prior.pt")
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of clip.pt, prior.pt and ar-prior.pt")
     parser.add_argument("--seeds", type=int, default=5, help="how often, with other captions and noise (default 5)")
     parser.add_argument("--n", type=int, default=5000, help="captions a seed (default 5000)")
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
@@ -214,9 +229,7 @@ def main():
     with one_line_errors(), torch.no_grad():
         if not 1 <= args.seeds <= 1000 or not 2 <= args.n <= 10 ** 6:
             raise UserError("--seeds must be between 1 and 1000, --n between 2 and 1000000")
-        stack = {}
-        for kind in ("diffusion", "ar"):
-            stack |= sample.load_stack(args.weights, pick_device(args.device), prior_kind=kind)
+        stack = load(args.weights, pick_device(args.device))
         seen = set().union(*(trained_on(args.weights / f"{stage}.pt", stage) for stage in ("prior", "ar-prior")))
         rng = np.random.default_rng(1 << 52)
         scenes = [random_scene(rng) for _ in range(2000)]
