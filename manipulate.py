@@ -13,7 +13,7 @@ unguided, unclamped, and repeats the inversion's caption and steps: only then ar
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
     python manipulate.py interpolate a.png b.png --frames 9 --gif
     python manipulate.py textdiff picture.png --from "a red circle" --to "a blue circle"
-    python manipulate.py reconstruct picture.png --components 1 2 4 8 16 32 64 128
+    python manipulate.py reconstruct picture.png --components 1 2 4 8
 """
 
 import argparse
@@ -277,7 +277,7 @@ def main():
     add("--max", type=float, default=0.5, help="how far, as a share of the whole angle (default 0.5; the paper: 0.25 to 0.5)")
     add("--frames", type=int, default=7, help="pictures from none of it to all (default 7)")
     add = command("reconstruct", 1, "decode z_i from its first k principal components: what comes first? (fig. 7)")
-    add("--components", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="K", help="default 1 2 4 8 16 32 64")
+    add("--components", type=int, nargs="+", metavar="K", help="how many (default 1 2 4 8 … and all that ar-prior.pt keeps)")
     add("--rows", type=int, default=2, help="the first with the picture's own x_T, the others with random noise (default 2)")
     args = parser.parse_args()
     with one_line_errors():
@@ -307,9 +307,11 @@ def main():
         else:
             noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), (args.rows, *x_T.shape[1:]), "cpu")
             z_i, x_T = z_i.expand(args.rows, -1), torch.cat([x_T, noise])[:args.rows]
-            images = pca_reconstruct(stack, z_i, x_T, stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu(),
-                                     args.components, **options)
-            labels = [[f"k {k}" for k in args.components]] * args.rows
+            mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
+            kept = len(components)
+            counts = args.components or [*(2 ** n for n in range(20) if 2 ** n < kept), kept]
+            images = pca_reconstruct(stack, z_i, x_T, mean, components, counts, **options)
+            labels = [[f"k {k}" for k in counts]] * args.rows
         made = torch.cat([row[:len(names)] for row, names in zip(images, labels)])
         frames = iter(enlarge(stack, made, args.size, args.seed, bar=True))
         save_all([[(name, next(frames)) for name in names] for names in labels], args.command, args.out, args.gif)

@@ -215,7 +215,7 @@ def reconstruction(stack, args):
     mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
     scenes = scenes_of(7, args.n, args.seed)
     z_i = manipulate.invert(stack, to_images(scenes), steps=2)[0]
-    counts = [k for k in COUNTS if k <= len(components)]
+    counts = [k for k in COUNTS if k < len(components)] + [len(components)]
     noise = decoder.randn(sample.generators("decoder", args.seed, range(args.n)), (args.n, 3, 64, 64), "cpu")
     made = manipulate.pca_reconstruct(stack, z_i, noise, mean, components, counts, steps=args.steps[0], bar=True)
     print(f"{args.n} pictures decoded from the first k principal components of z_i: what is still shown\n")

@@ -243,7 +243,8 @@ def run(monkeypatch, *arguments):
     (["interpolate", "PICTURE", "PICTURE", "--frames", "3"], 3, (3, 1)),
     (["interpolate", "PICTURE", "PICTURE", "--frames", "3", "--noise", "fixed", "--rows", "2"], 6, (3, 2)),
     (["textdiff", "PICTURE", "--from", "a red circle", "--to", "a blue star", "--frames", "3"], 3, (3, 1)),
-    (["reconstruct", "PICTURE", "--components", "1", "4", "16", "--rows", "2"], 6, (3, 2))])
+    (["reconstruct", "PICTURE", "--components", "1", "4", "16", "--rows", "2"], 6, (3, 2)),
+    (["reconstruct", "PICTURE", "--rows", "1"], 5, (5, 1))])  # 1, 2, 4, 8 and all 16
 def test_each_command_writes_a_strip_and_its_frames(command, frames, rows, size, weights, picture, tmp_path, monkeypatch, capsys):
     command = [picture if c == "PICTURE" else c for c in command]
     assert run(monkeypatch, *command, "--steps", "3", "--size", size, "--weights", weights, "--out", tmp_path / "out", "--gif") == 0
