@@ -32,8 +32,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from train import (BACKGROUNDS, COLOURS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
-                   lay_out, random_scene, render, what_to_say)
+from train import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
+                   is_held_out, lay_out, pick, random_scene, render, what_to_say)
 
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
 SIDE = 64  # pictures are read at this size
@@ -273,13 +273,14 @@ def contact_sheet(scores, columns=6, most=60):
     return sheet
 
 
-def scene_of(caption, rng):
-    """A random Scene that shows what a caption says: what it leaves open is drawn as random_scene draws it."""
-    said = parse_caption(caption)
-    scene = random_scene(rng, len(said.things))
-    things = tuple(replace(t, **{a: getattr(s, a) for a in VALUES if getattr(s, a)}) for t, s in zip(scene.things, said.things))
-    relation = said.relation or scene.relation
-    return lay_out(replace(scene, things=things, relation=relation, background=said.background or scene.background), rng)
+def scene_of(said, rng):
+    """A random Scene that shows what a parsed caption says: what it leaves open is drawn as training draws it."""
+    while True:
+        things = tuple(replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)}) for t in said.things)
+        relation = said.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
+        scene = Scene(things, relation, said.background or pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
+        if not is_held_out(scene) or is_held_out(said):
+            return lay_out(scene, rng)
 
 
 def spread(pictures):
@@ -370,7 +371,7 @@ def main():
         if scores:
             print(f"{len(scores)} {'' if args.pictures else 'generated '}pictures:\n\n{table(scores, reader)}")
         if scores and args.caption and len(parse_caption(args.caption).things) == 1:
-            true = [render(scene_of(args.caption, np.random.default_rng([args.seed, k])), SIDE) for k in range(1000)]
+            true = [render(scene_of(parse_caption(args.caption), np.random.default_rng([args.seed, k])), SIDE) for k in range(1000)]
             for name, pictures in (("generated", [p for _, _, p in scores]), ("true renderings", true)):
                 print(f"spread, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in spread(pictures).items()))
         if args.sheet:

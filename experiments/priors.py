@@ -20,7 +20,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -31,12 +30,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
-from caption_accuracy import parse_caption, relation_of
+from caption_accuracy import parse_caption, relation_of, scene_of
 from clip_embed import (UserError, encode_captions, fingerprint, load_clip, load_model, one_line_errors, pick_device,
                         preprocess_tensor, read_checkpoint)
 from sample import SHIPPED
-from train import (BACKGROUNDS, RELATIONS, VALUES, Batches, Recipe, Scene, describe, is_held_out, lay_out, pick, random_scene,
-                   render, to_tensor, what_to_say)
+from train import VALUES, Batches, Recipe, describe, random_scene, render, to_tensor, what_to_say
 
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
 ROWS = ("true", "diffusion", "autoregressive", "z_t shifted", "z_t")
@@ -64,17 +62,6 @@ def unseen_captions(n, seed, seen):
         caption = describe(scene, what_to_say(scene, rng), rng)
         captions += [caption] if caption not in seen else []
     return captions
-
-
-def scene_of(said, rng):
-    """A scene that a parsed caption describes, all that it doesn't say drawn as in training."""
-    while True:
-        fill = lambda t: replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)})
-        things = tuple(map(fill, said.things))
-        relation = said.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
-        scene = Scene(things, relation, said.background or pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
-        if not is_held_out(scene):
-            return lay_out(scene, rng)
 
 
 def fits(scene, said):
