@@ -303,7 +303,7 @@ RECIPES = {
     "shapes": {"clip": Recipe(64, 12000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
                "prior": Recipe(256, 1400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
                "ar-prior": Recipe(64, 2500, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
-               "decoder": Recipe(16, 10300, 8e-4, ema_decay=0.999),
+               "decoder": Recipe(16, 15300, 8e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
                "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000),
