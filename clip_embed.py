@@ -447,8 +447,8 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
 
     The network is built on the meta device, which allocates nothing, and every tensor's name, shape and values are
     checked before it moves from the checkpoint into its parameter: a damaged or hostile file is named as such. A field that
-    its config lacks takes its default: the file may be older than the field. `layout`
-    gives the network's state_dict the names and orientations that the file has, as views (hugging_face, for one).
+    its config lacks takes its default: the file may be older than the field. `layout` gives the network's state_dict the
+    names and orientations that the file has, as views (hugging_face, for one).
     """
     known = sorted(f.name for f in fields(config_class))
     config = {f.name: f.default for f in fields(config_class) if f.default is not MISSING} | checkpoint["config"]

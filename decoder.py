@@ -46,6 +46,8 @@ class DecoderConfig:
     scale_shift: bool = True              # ADM's blocks; False: the timestep's embedding is only added
     prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
     top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
+    guidance: float = 2.0                 # of sampling (Karlo: 8)
+    steps: int = 50                       # of sampling (Karlo: 25)
     float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
     embed_dim: int = 1024                 # d of z_i and z_t
     unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)
@@ -400,18 +402,18 @@ def guided(model, x_t, t, z_i, text, null, guidance_scale):
 
 
 @torch.no_grad()
-def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta=None, x_T=None, clamp=True, bar=False):
+def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, eta=None, x_T=None, clamp=True, bar=False):
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1).
 
-    generators: one torch.Generator a picture. eta None is ancestral sampling with the learned variance (the paper:
-    250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T: start from this noise and take
-    its inversion's steps. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
+    generators: one torch.Generator a picture; guidance and steps are the config's where None. eta None is ancestral sampling
+    with the learned variance (the paper: 250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T:
+    start from this noise and take its inversion's steps. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
     """
-    side, exact = model.config.image_size, cosine_schedule()
-    alphas_cumprod = exact.float() if model.config.float32 else exact
-    top = top_step(alphas_cumprod, model.config.top_signal)
-    rungs = ladder(steps, top) if x_T is None else inversion_ladder(steps)
-    x = randn(generators, (len(z_i), 3, side, side), z_i.device) if x_T is None else x_T
+    c, exact = model.config, cosine_schedule()
+    alphas_cumprod = exact.float() if c.float32 else exact
+    guidance_scale, steps = c.guidance if guidance_scale is None else guidance_scale, steps or c.steps
+    rungs = ladder(steps, top_step(alphas_cumprod, c.top_signal)) if x_T is None else inversion_ladder(steps)
+    x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device) if x_T is None else x_T
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="decoder", disable=not bar):
         alpha_t = alphas_cumprod[rungs[n]]
         alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)

@@ -46,6 +46,8 @@ class PriorConfig:
     heads: int = 32
     unit_norm: bool = True         # of z_i and z_t; False: CLIP's own norm, and z_i is standardized for the diffusion (Karlo)
     clamp: float = math.inf        # the most that sampling lets a coordinate of x̂_0 be (Karlo: 5)
+    guidance: float = 1.0          # of sampling (Karlo: 4)
+    steps: int = 64                # of sampling (Karlo: 25)
 
 
 PRESETS = {
@@ -391,30 +393,31 @@ def guided(f, x, text, null, guidance_scale):
 
 
 @torch.no_grad()
-def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidates=2, variance="analytic", bar=False):
+def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, variance="analytic", bar=False):
     """z_i (B, d), unit-norm, for B captions: of `candidates` each, the one with the largest dot product with z_t (§2.2).
 
-    generators: one torch.Generator a caption. The network predicts z_i, so no step divides by √ᾱ and the ladder
-    may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place. Its variance β̃ ("fixed-small")
-    knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d, the best single number
-    at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large numbers near t = T).
+    generators: one torch.Generator a caption; guidance and steps are the config's where None. The network predicts z_i, so no
+    step divides by √ᾱ and the ladder may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place.
+    Its variance β̃ ("fixed-small") knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 −
+    x̂_0‖²/d, the best single number at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large
+    numbers near t = T).
     """
-    B, d = text["z_t"].shape
+    c, (B, d) = model.config, text["z_t"].shape
     text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
     device, shape = text["z_t"].device, (B, candidates, d)
     alphas_cumprod, cache = cosine_schedule(), []
-    rungs = ladder(steps, len(alphas_cumprod) - 1)
+    rungs = ladder(steps or c.steps, len(alphas_cumprod) - 1)
     z = randn(generators, shape, device).flatten(0, 1)
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="prior", disable=not bar):
         f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
-        z_0 = guided(f, z, text, null, guidance_scale).clamp(-model.config.clamp, model.config.clamp)
+        z_0 = guided(f, z, text, null, c.guidance if guidance_scale is None else guidance_scale).clamp(-c.clamp, c.clamp)
         if n:
             from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
             error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
             deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
             z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
     end = float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))  # 0.99947: Karlo's library ends so, in float32
-    z_i = F.normalize(z_0, dim=-1) if model.config.unit_norm else end * z_0 * model.deviation + model.mean
+    z_i = F.normalize(z_0, dim=-1) if c.unit_norm else end * z_0 * model.deviation + model.mean
     best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
 

@@ -8,7 +8,8 @@ All sizes are read from the folder's configs, and every tensor's name and shape 
 field of our configs that this file sets: embeddings keep CLIP's own norm (unit_norm), the prior works on standardized z_i
 and holds x̂_0 within ±5, a learned vector stands for no z_i, sampling begins at t = 999 (top_signal), and the one upsampler
 adds the timestep's embedding (scale_shift), is ancestral (eta) and has a second network for its last step (last). Its
-condition is enlarged by bicubic. The decoder has no text transformer of its own: CLIP's states go straight in.
+condition is enlarged by bicubic. The decoder has no text transformer of its own: CLIP's states go straight in. Guidance and
+steps are the library's defaults, float32 is its rounding of ᾱ: 1 − ᾱ_0 is 0.05% off, and each stage's last step with it.
 
     python weights/karlo.py karlo-v1-alpha weights/karlo
 """
@@ -151,8 +152,9 @@ def load_prior(karlo):
                     time_embed_act_fn="silu", norm_in_type=None, embedding_proj_norm_type=None)
     text = read_config(karlo / "text_encoder")
     with reading(karlo / "prior/config.json", "the sizes of a prior", "config"):
-        config = prior.PriorConfig(c["embedding_dim"], text["hidden_size"], c["num_embeddings"], c["num_attention_heads"] *
-                                   c["attention_head_dim"], c["num_layers"], c["num_attention_heads"], unit_norm=False, clamp=5.0)
+        heads = c["num_attention_heads"]
+        config = prior.PriorConfig(c["embedding_dim"], text["hidden_size"], c["num_embeddings"], heads * c["attention_head_dim"],
+                                   c["num_layers"], heads, unit_norm=False, clamp=5.0, guidance=4.0, steps=25)
     model = load(prior.DiffusionPrior, config, "prior", karlo, ["prior"], prior_layout)
     model.errors.zero_()  # not known: the analytic variance becomes β̃, with which Karlo samples
     return model
@@ -166,9 +168,10 @@ def load_decoder(karlo):
     size = sizes(c, karlo / "decoder")
     with reading(karlo / "decoder/config.json", "the sizes of a decoder", "config"):
         attention = tuple(size["image_size"] >> k for k, kind in enumerate(c["down_block_types"]) if "CrossAttn" in kind)
-        config = decoder.DecoderConfig(**size, attention=attention, head_channels=c["attention_head_dim"], unit_norm=False,
-                                       embed_dim=proj["clip_embeddings_dim"], z_i_tokens=proj["clip_extra_context_tokens"],
-                                       clip_text_width=text["hidden_size"], text_layers=0, text_width=c["cross_attention_dim"])
+        config = decoder.DecoderConfig(**size, attention=attention, head_channels=c["attention_head_dim"],
+                                       unit_norm=False, guidance=8.0, steps=25, embed_dim=proj["clip_embeddings_dim"],
+                                       z_i_tokens=proj["clip_extra_context_tokens"], clip_text_width=text["hidden_size"],
+                                       text_layers=0, text_width=c["cross_attention_dim"])
     model = load(decoder.Decoder, config, "decoder", karlo, ["decoder", "text_proj"], partial(decoder_layout, depth=config.depth))
     for p in model.z_i_to_context.parameters():  # Karlo's projection puts out the tokens' first coordinates, then the second
         p.copy_(p.clone().unflatten(0, (config.text_width, config.z_i_tokens)).transpose(0, 1).flatten(0, 1))
@@ -194,9 +197,12 @@ def load(network, config, stage, karlo, folders, layout):
     return load_model(network, type(config), {"stage": stage, "config": vars(config), "model": weights}, karlo, layout)
 
 
-def load_towers(karlo):
-    """(CLIP, Tokenizer) of Karlo's text_encoder/, tokenizer/ and, where there is one, image_encoder/. Raises UserError."""
-    folders = ["text_encoder"] + ["image_encoder"] * (karlo / "image_encoder").is_dir()
+def load_towers(karlo, clip_path=None):
+    """(CLIP, Tokenizer) of Karlo's text_encoder/ and tokenizer/; the image tower, if any, from image_encoder/ or clip_path.
+
+    clip_path: the CLIP that Karlo was trained with, ViT-L/14, as load_clip reads it. Raises UserError where it is another.
+    """
+    folders = ["text_encoder"] + ["image_encoder"] * (not clip_path and (karlo / "image_encoder").is_dir())
     towers = [read_config(karlo / folder) for folder in folders]
     if len(towers) == 1:
         towers.append({"num_hidden_layers": 0, "hidden_act": towers[0].get("hidden_act", "quick_gelu")})
@@ -204,28 +210,39 @@ def load_towers(karlo):
     config = replace(clip_embed.hugging_face_config(karlo / "text_encoder/config.json", both), unit_norm=False)
     weights = {name.partition(".")[2]: tensor for folder in folders for name, tensor in read_weights(karlo / folder).items()}
     weights = {name: tensor for name, tensor in weights.items() if not re.search(clip_embed.NO_WEIGHT, name)}
+    if clip_path:
+        other, _ = clip_embed.load_clip(clip_path, karlo / "tokenizer/merges.txt")
+        config = replace(other.config, unit_norm=False)
+        theirs = clip_embed.hugging_face(other.state_dict())
+        for name, tensor in weights.items():
+            same = name in theirs and tensor.shape == theirs[name].shape
+            if not same or not torch.allclose(tensor.float(), theirs[name], atol=1e-2):
+                raise UserError(f"{clip_path}: is not the CLIP that Karlo was trained with: tensor {name} differs")
+        weights |= {name: tensor for name, tensor in theirs.items() if name.startswith("vis")}
     weights["logit_scale"] = torch.tensor(math.log(100))  # CLIP's own; neither tower has it
     clip = load_model(CLIP, clip_embed.CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, karlo,
                       clip_embed.hugging_face)
     return clip, clip_embed.read_tokenizer(karlo / "tokenizer", config)
 
 
-def convert(karlo, out):
+def convert(karlo, out, clip_path=None):
     """Write Karlo's stages to `out` as checkpoints, one after the other, each freed before the next; yields their paths.
 
+    clip_path: where the image tower comes from, if not from Karlo's image_encoder/, which only the image variations have.
     Raises UserError where a part of Karlo is missing or is not what its config says.
     """
     for part in PARTS:
         if not (karlo / part).is_dir():
             raise UserError(f"{karlo / part}: no such folder; expected Karlo in the diffusers layout, with {', '.join(PARTS)}")
     out.mkdir(parents=True, exist_ok=True)
-    for stage, folder, build in (("clip", "text_encoder", load_towers), ("prior", "prior", load_prior),
+    for stage, folder, build in (("clip", "text_encoder", None), ("prior", "prior", load_prior),
                                  ("decoder", "decoder", load_decoder), ("upsample-256", "super_res_first", load_upsampler)):
-        dtype, model = next(iter(read_weights(karlo / folder).values())).dtype, build(karlo)
-        more = {}
+        dtype = next(iter(read_weights(karlo / folder).values())).dtype
         if stage == "clip":
-            model, tokenizer = model
-            more = {"merges": [" ".join(pair) for pair in tokenizer.merges]}
+            model, tokenizer = load_towers(karlo, clip_path)
+            mark, more = clip_embed.fingerprint(model), {"merges": [" ".join(pair) for pair in tokenizer.merges]}
+        else:
+            model, more = build(karlo), {"clip": mark}
         path = out / f"{stage}.pt"
         torch.save({"stage": stage, "config": vars(model.config), "model": model.to(dtype).state_dict()} | more,
                    path.with_suffix(".part"))
@@ -241,9 +258,10 @@ def main():
     parser.add_argument("karlo", type=Path, metavar="KARLO", help=f"folder with {', '.join(PARTS)}; and image_encoder, "
                         "if manipulate.py is to read pictures")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for clip.pt, prior.pt, decoder.pt and upsample-256.pt")
+    parser.add_argument("--clip", metavar="PATH", help="the same with OpenAI's ViT-L-14.pt or its Hugging Face folder instead")
     args = parser.parse_args()
     with one_line_errors(), torch.no_grad():
-        for path in convert(args.karlo, args.out):
+        for path in convert(args.karlo, args.out, args.clip):
             print(path, flush=True)
 
 
