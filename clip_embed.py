@@ -430,10 +430,13 @@ def reading(path, expected, kind="checkpoint"):
         raise UserError(f"{path}: damaged, or no {kind} ({reason}); expected {expected}") from None
 
 
-def read_checkpoint(path, stage):
-    """The dictionary of a checkpoint file, its stage checked. Raises UserError, naming what was expected."""
+def read_checkpoint(path, stage, mmap=False):
+    """The dictionary of a checkpoint file, its stage checked; mmap: its tensors stay on the disk until they are used.
+
+    Raises UserError, naming what was expected.
+    """
     with reading(path, f"the {stage} checkpoint that `python train.py {stage}` writes"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in
                                                    (("stage", str), ("config", dict), ("model", dict))):
         raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")

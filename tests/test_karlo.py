@@ -207,3 +207,58 @@ def test_what_is_missing_surplus_or_misshapen_is_named_in_one_line(copy, tmp_pat
 def test_the_script_ends_with_one_line_and_status_2(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "weights/karlo.py", tmp_path, tmp_path / "out"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "prior: no such folder" in run.stderr
+
+
+# ----------------------------------------------------------------------------- the true sizes
+
+ONE_STEP_EACH = """
+import sys, threading, torch, sample
+from pathlib import Path
+anonymous = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+peak, largest, done = 0, 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+threading.Thread(target=watch).start()
+try:
+    with torch.no_grad():
+        stack = sample.load_stack(sys.argv[1], size=256)
+        text, null = sample.clip_embed.encode_captions(stack["clip"], stack["tokenizer"], ["a portrait of an old monk"])
+        t, z, x = torch.tensor([500]), torch.randn(1, 768), torch.randn(1, 3, 64, 64)
+        for stage, call in (("prior", lambda f: f(z, t, text)), ("decoder", lambda f: f(x, t, z, text)[0]),
+                            ("upsample-256", lambda f: f.last(x, t, f(x, t, x[..., ::4, ::4])))):
+            network = stack[stage]
+            largest = max(largest, sum(4 * p.numel() for p in network.parameters()))
+            assert torch.isfinite(call(network)).all()
+            print(stage, sum(p.numel() for p in network.parameters()), flush=True)
+            del network
+finally:
+    done.set()
+print(peak, largest)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of anonymous memory")
+def test_at_the_true_sizes_a_step_of_each_stage_needs_little_more_than_the_largest_stage(tmp_path):
+    """Random weights, float16 on disk; sizes as the public library's conversion of Karlo has them."""
+    unet = dict(channels=320, depth=3, multiples=(1, 2, 3, 4), dropout=0.0, top_signal=0.0, float32=True)
+    towers = dict(embed_dim=768, vision_layers=0, text_width=768, text_layers=12, text_heads=12, hidden_act="quick_gelu")
+    for stage, network, config in (
+            ("clip", clip_embed.CLIP, clip_embed.CLIPConfig(**towers, vocab_size=514, unit_norm=False)),
+            ("prior", prior.DiffusionPrior, prior.PriorConfig(768, 768, 77, 2048, 20, 32, unit_norm=False, clamp=5.0)),
+            ("decoder", decoder.Decoder, decoder.DecoderConfig(**unet, embed_dim=768, unit_norm=False, clip_text_width=768,
+                                                               text_layers=0, text_width=1536)),
+            ("upsample-256", upsample.Upsampler, upsample.UpsamplerConfig(**unet, scale_shift=False, enlarge="bicubic", eta=1.0,
+                                                                          last=True))):
+        with torch.device("meta"):
+            tensors = network(config).state_dict()
+        noise = (torch.randn(1 << 16) * 0.02).half()
+        model = {name: noise.repeat(-(-t.numel() // len(noise)))[:t.numel()].view(t.shape).clone() for name, t in tensors.items()}
+        torch.save({"stage": stage, "config": vars(config), "model": model, "merges": []}, tmp_path / f"{stage}.pt")
+        del model
+    run = subprocess.run([sys.executable, "-c", ONE_STEP_EACH, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    print(run.stdout, run.stderr)
+    peak, largest = map(int, run.stdout.splitlines()[-1].split())
+    assert run.returncode == 0 and peak < 1.3 * largest
