@@ -37,7 +37,7 @@ SIZES = (64, 256, 1024)
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
-LARGE = 1e9  # bytes of checkpoints, above which one stage at a time is in memory, on GPUs in half precision
+LARGE = 1e9  # bytes of checkpoints
 
 
 class Stages(dict):
@@ -48,12 +48,12 @@ class Stages(dict):
         return value() if isinstance(value, partial) else value
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None):
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
 
     prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
-    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. Checkpoints
-    too large for memory together are read when they are asked for (Stages).
+    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
+    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
@@ -65,7 +65,7 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
     mark = clip_embed.fingerprint(clip)
     paths = {stage: weights / f"{stage}.pt" for stage in kinds}
-    large = all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
+    large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
 
     def load(stage):
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large)
@@ -218,7 +218,7 @@ def main():
         if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
         size = args.size or max(s for s in SIZES if s == 64 or (args.weights / f"upsample-{s}.pt").exists())
-        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe)
+        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                                                  "decoder_steps", "eta", "upsample_steps")}
