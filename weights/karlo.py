@@ -139,7 +139,8 @@ def sizes(config, path):
             raise UserError(f"{path / 'config.json'}: block_out_channels are {channels}, expected multiples of the first")
         return {"image_size": config["sample_size"], "channels": channels[0], "depth": config["layers_per_block"],
                 "multiples": tuple(width // channels[0] for width in channels), "norm_groups": config.get("norm_num_groups", 32),
-                "dropout": 0.0, "scale_shift": scale_shift[config.get("resnet_time_scale_shift", "default")], "top_signal": 0.0, "float32": True}
+                "scale_shift": scale_shift[config.get("resnet_time_scale_shift", "default")], "dropout": 0.0, "top_signal": 0.0,
+                "float32": True}
 
 
 UNET_DEMANDS = {"act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
