@@ -28,7 +28,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -213,6 +213,7 @@ class CLIPConfig:
     text_layers: int = 4
     text_heads: int = 2
     hidden_act: str = "gelu"      # LAION's models and ours; OpenAI's use "quick_gelu", x·σ(1.702x)
+    unit_norm: bool = True        # of z_i and z_t; False: as they leave the towers, for networks trained so (Karlo)
 
 
 PRESETS = {
@@ -312,7 +313,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         width = config.text_width
-        self.visual = VisionTransformer(config)
+        self.visual = VisionTransformer(config) if config.vision_layers else None  # Karlo: captions alone
         self.transformer = Transformer(width, config.text_layers, config.text_heads, config.hidden_act, causal=True)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
@@ -320,7 +321,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for tower in (self.visual.transformer, self.transformer):  # CLIP's own initial scales
+        for tower in filter(None, (self.visual and self.visual.transformer, self.transformer)):  # CLIP's own initial scales
             for block in tower.resblocks:
                 w, deep = block.ln_1.weight.shape[0], (2 * len(tower.resblocks)) ** -0.5
                 nn.init.normal_(block.attn.out_proj.weight, std=w ** -0.5 * deep)
@@ -329,7 +330,9 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels):
         """z_i (B, d), unit-norm, of CLIP-normalized pixels (B, 3, image_size, image_size)."""
-        return F.normalize(self.visual(pixels).float(), dim=-1)
+        if not self.visual:
+            raise UserError("this CLIP reads no pictures: it has no image tower")
+        return self.outward(self.visual(pixels))
 
     def encode_text(self, ids):
         """(states (B, L, text_width) after the last LayerNorm, z_t (B, d) unit-norm) of ids (B, L), L ≤ context.
@@ -341,7 +344,11 @@ class CLIP(nn.Module):
         states = self.ln_final(self.transformer(x))
         end = ids.argmax(1)
         z_t = states[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
-        return states, F.normalize(z_t.float(), dim=-1)
+        return states, self.outward(z_t)
+
+    def outward(self, z):
+        """An embedding as the later stages want it: float32 and, unless the config says otherwise, unit-norm."""
+        return F.normalize(z.float(), dim=-1) if self.config.unit_norm else z.float()
 
 
 def contrastive_loss(z_i, z_t, logit_scale):
@@ -422,10 +429,13 @@ def reading(path, expected, kind="checkpoint"):
         raise UserError(f"{path}: damaged, or no {kind} ({reason.splitlines()[0][:120]}); expected {expected}") from None
 
 
-def read_checkpoint(path, stage):
-    """The dictionary of a checkpoint file, its stage checked. Raises UserError, naming what was expected."""
+def read_checkpoint(path, stage, mmap=False):
+    """The dictionary of a checkpoint file, its stage checked; mmap: its tensors stay on the disk until they are used.
+
+    Raises UserError, naming what was expected.
+    """
     with reading(path, f"the {stage} checkpoint that `python train.py {stage}` writes"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in
                                                    (("stage", str), ("config", dict), ("model", dict))):
         raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")
@@ -438,10 +448,12 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     """Build a stage's network from a checkpoint and fill it, float32, in eval mode. Raises UserError.
 
     The network is built on the meta device, which allocates nothing, and every tensor's name, shape and values are
-    checked before it moves from the checkpoint into its parameter: a damaged or hostile file is named as such. `layout`
-    gives the network's state_dict the names and orientations that the file has, as views (hugging_face, for one).
+    checked before it moves from the checkpoint into its parameter: a damaged or hostile file is named as such. A field that
+    its config lacks takes its default: the file may be older than the field. `layout` gives the network's state_dict the
+    names and orientations that the file has, as views (hugging_face, for one).
     """
-    config, known = checkpoint["config"], sorted(f.name for f in fields(config_class))
+    known = sorted(f.name for f in fields(config_class))
+    config = {f.name: f.default for f in fields(config_class) if f.default is not MISSING} | checkpoint["config"]
     if sorted(config) != known:
         raise UserError(f"{path}: its config has the fields {sorted(config)}, expected {known}")
     for field, value in config.items():
@@ -585,13 +597,13 @@ def read_json(path, expected):
         return dict(json.loads(path.read_text("utf-8")))
 
 
-def hugging_face_config(path):
-    """CLIPConfig of a Hugging Face config.json. Raises UserError."""
+def hugging_face_config(path, config=None):
+    """CLIPConfig of a Hugging Face config.json, or of what two of them said, put together. Raises UserError."""
     towers = {"vision_config": {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
                                 "num_attention_heads": 12, "hidden_act": "quick_gelu"},  # what may be left out, in our order
               "text_config": {"max_position_embeddings": 77, "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12,
                               "num_attention_heads": 8, "hidden_act": "quick_gelu"}}
-    config = read_json(path, "the config.json of a Hugging Face CLIP")
+    config = config or read_json(path, "the config.json of a Hugging Face CLIP")
     with reading(path, "a CLIP with both towers"):
         (*vision, look), (*text, act) = ([config[tower].get(k, v) for k, v in sizes.items()] for tower, sizes in towers.items())
         if look != act or any(config[tower].get("layer_norm_eps", 1e-5) != 1e-5 for tower in towers):

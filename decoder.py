@@ -43,8 +43,14 @@ class DecoderConfig:
     head_channels: int = 64
     norm_groups: int = 32
     dropout: float = 0.1
+    scale_shift: bool = True              # ADM's blocks; False: the timestep's embedding is only added
     prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
+    top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
+    guidance: float = 2.0                 # of sampling (Karlo: 8)
+    steps: int = 50                       # of sampling (Karlo: 25)
+    float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
     embed_dim: int = 1024                 # d of z_i and z_t
+    unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)
     z_i_tokens: int = 4                   # context tokens made from z_i
     clip_text_width: int = 1024           # width of CLIP's text states
     text_layers: int = 24                 # the caption's own transformer; 0: CLIP's states straight in
@@ -97,7 +103,7 @@ def posterior(alpha_t, alpha_s):
     """
     beta = 1 - alpha_t / alpha_s
     from_x_0 = alpha_s ** 0.5 * beta / (1 - alpha_t)
-    from_x_t = (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
+    from_x_t = (1 - beta) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
@@ -193,14 +199,15 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block; the embedding scales and shifts the second norm; `resample` halves or doubles the side."""
+    """ADM's residual block; the embedding scales and shifts the second norm, or, without scale_shift, is added before it;
+    `resample` halves or doubles the side."""
 
-    def __init__(self, channels, out_channels, emb_channels, groups, dropout, resample=None):
+    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift, resample=None):
         super().__init__()
         self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.in_norm = nn.GroupNorm(groups, channels)
         self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_channels, 2 * out_channels)
+        self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels)
         self.out_norm = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.out_conv = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -208,8 +215,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        h = self.out_norm(h) * (1 + scale) + shift
+        emb = self.emb(F.silu(emb))[:, :, None, None]
+        if emb.shape[1] == h.shape[1]:
+            h = self.out_norm(h + emb)
+        else:
+            scale, shift = emb.chunk(2, 1)
+            h = self.out_norm(h) * (1 + scale) + shift
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(F.silu(h)))
 
 
@@ -266,6 +277,8 @@ class Decoder(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.z_i_to_emb = nn.Linear(c.embed_dim, emb)                                    # first injection of z_i (§2.1)
         self.z_i_to_context = nn.Linear(c.embed_dim, c.z_i_tokens * c.text_width)        # second: four extra tokens
+        if not c.unit_norm:
+            self.null_z_i = nn.Parameter(torch.zeros(c.embed_dim))
         if c.text_layers:
             self.text = TextTransformer(c)
             self.text_to_emb = nn.Linear(c.text_width, emb)
@@ -274,7 +287,7 @@ class Decoder(nn.Module):
             self.text_to_emb = nn.Linear(c.embed_dim, emb)
 
         def res(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, resample)
+            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, c.scale_shift, resample)
 
         def level(channels, out_channels, side):
             return nn.ModuleList([res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
@@ -309,13 +322,14 @@ class Decoder(nn.Module):
         """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text {"tokens", "states", "z_t", "mask"} of B captions."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        z_i = z_i * math.sqrt(c.embed_dim)
+        norm = math.sqrt(c.embed_dim) if c.unit_norm else 1
+        z_i = norm * (z_i if c.unit_norm else torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i))
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
             caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]  # read at the end token
         else:
-            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * math.sqrt(c.embed_dim)
+            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
         emb = emb + self.z_i_to_emb(z_i) + self.text_to_emb(caption)
         context = torch.cat([self.z_i_to_context(z_i).unflatten(1, (c.z_i_tokens, -1)), states], 1)
         mask = F.pad(mask, (c.z_i_tokens, 0), value=True)
@@ -388,17 +402,18 @@ def guided(model, x_t, t, z_i, text, null, guidance_scale):
 
 
 @torch.no_grad()
-def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta=None, x_T=None, clamp=True, bar=False):
+def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, eta=None, x_T=None, clamp=True, bar=False):
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1).
 
-    generators: one torch.Generator a picture. eta None is ancestral sampling with the learned variance (the paper:
-    250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T: start from this noise and take
-    its inversion's steps. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
+    generators: one torch.Generator a picture; guidance and steps are the config's where None. eta None is ancestral sampling
+    with the learned variance (the paper: 250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T:
+    start from this noise and take its inversion's steps. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
     """
-    side = model.config.image_size
-    alphas_cumprod = cosine_schedule()
-    rungs = ladder(steps, top_step(alphas_cumprod)) if x_T is None else inversion_ladder(steps)
-    x = randn(generators, (len(z_i), 3, side, side), z_i.device) if x_T is None else x_T
+    c, exact = model.config, cosine_schedule()
+    alphas_cumprod = exact.float() if c.float32 else exact
+    guidance_scale, steps = c.guidance if guidance_scale is None else guidance_scale, steps or c.steps
+    rungs = ladder(steps, top_step(alphas_cumprod, c.top_signal)) if x_T is None else inversion_ladder(steps)
+    x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device) if x_T is None else x_T
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="decoder", disable=not bar):
         alpha_t = alphas_cumprod[rungs[n]]
         alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)
@@ -408,7 +423,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=2.0, steps=50, eta
             x_0 = x_0.clamp(-1, 1)
             eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())  # the ε that the clamped x̂_0 means
         if not n:
-            return x_0.clamp(-1, 1)
+            return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # 1; in float32, 0.99947
         if eta is None:
             from_x_0, from_x_t, beta_tilde = (float(c) for c in posterior(alpha_t, alpha_s))
             log_variance = learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde))

@@ -140,7 +140,7 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
     z_d = read(to) if source is None else read(to) - read(source)
     if (z_d.norm(dim=1) < 1e-4).any():
         raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
-    z_d = F.normalize(z_d, dim=1)
+    z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
     z_theta = torch.stack([slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)], 1)
     return decode(stack, z_theta, x_T[:, None].expand(-1, frames, -1, -1, -1), captions, 0, steps, bar=bar)
 

@@ -44,6 +44,10 @@ class PriorConfig:
     width: int = 2048
     layers: int = 24
     heads: int = 32
+    unit_norm: bool = True         # of z_i and z_t; False: CLIP's own norm, and z_i is standardized for the diffusion (Karlo)
+    clamp: float = math.inf        # the most that sampling lets a coordinate of x̂_0 be (Karlo: 5)
+    guidance: float = 1.0          # of sampling (Karlo: 4)
+    steps: int = 64                # of sampling (Karlo: 25)
 
 
 PRESETS = {
@@ -101,7 +105,7 @@ def posterior(alpha_t, alpha_s):
     """
     beta = 1 - alpha_t / alpha_s
     from_x_0 = alpha_s ** 0.5 * beta / (1 - alpha_t)
-    from_x_t = (alpha_t / alpha_s) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
+    from_x_t = (1 - beta) ** 0.5 * (1 - alpha_s) / (1 - alpha_t)
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
@@ -160,6 +164,8 @@ class DiffusionPrior(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.ln_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
+        if not c.unit_norm:
+            self.register_buffer("mean", torch.zeros(c.embed_dim)), self.register_buffer("deviation", torch.ones(c.embed_dim))
         self.register_buffer("errors", torch.zeros(1000))  # after training, estimate_errors': what the analytic variance needs
 
     def forward(self, z_i_t, t, text, cache=None):
@@ -169,7 +175,8 @@ class DiffusionPrior(nn.Module):
         """
         c = self.config
         states, mask = text["states"][:, :c.text_context], text["mask"][:, :c.text_context]
-        tail = torch.stack([self.z_t_in(text["z_t"] * math.sqrt(c.embed_dim)), self.time_in(timestep_embedding(t, c.width)),
+        z_t = text["z_t"] * (math.sqrt(c.embed_dim) if c.unit_norm else 1)
+        tail = torch.stack([self.z_t_in(z_t), self.time_in(timestep_embedding(t, c.width)),
                             self.z_i_in(z_i_t), self.final_token.expand(len(t), -1)], 1)  # (B, 4, width)
         L = states.shape[1]
         x = torch.cat([self.text_in(states), tail], 1)
@@ -386,30 +393,32 @@ def guided(f, x, text, null, guidance_scale):
 
 
 @torch.no_grad()
-def sample(model, text, null, generators, guidance_scale=1.0, steps=64, candidates=2, variance="analytic", bar=False):
+def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, variance="analytic", bar=False):
     """z_i (B, d), unit-norm, for B captions: of `candidates` each, the one with the largest dot product with z_t (§2.2).
 
-    generators: one torch.Generator a caption. The network predicts z_i, so no step divides by √ᾱ and the ladder
-    may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place. Its variance β̃ ("fixed-small")
-    knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d, the best single number
-    at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large numbers near t = T).
+    generators: one torch.Generator a caption; guidance and steps are the config's where None. The network predicts z_i, so no
+    step divides by √ᾱ and the ladder may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place.
+    Its variance β̃ ("fixed-small") knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 −
+    x̂_0‖²/d, the best single number at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large
+    numbers near t = T).
     """
-    B, d = text["z_t"].shape
+    c, (B, d) = model.config, text["z_t"].shape
     text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
     device, shape = text["z_t"].device, (B, candidates, d)
     alphas_cumprod, cache = cosine_schedule(), []
-    rungs = ladder(steps, len(alphas_cumprod) - 1)
+    rungs = ladder(steps or c.steps, len(alphas_cumprod) - 1)
     z = randn(generators, shape, device).flatten(0, 1)
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="prior", disable=not bar):
         f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
-        z_0 = guided(f, z, text, null, guidance_scale)
+        z_0 = guided(f, z, text, null, c.guidance if guidance_scale is None else guidance_scale).clamp(-c.clamp, c.clamp)
         if n:
             from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
             error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
             deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
             z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
-    z_i = F.normalize(z_0, dim=-1)
-    best = (z_i * text["z_t"]).sum(1).view(B, candidates).argmax(1)
+    end = float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))  # 0.99947: Karlo's library ends so, in float32
+    z_i = F.normalize(z_0, dim=-1) if c.unit_norm else end * z_0 * model.deviation + model.mean
+    best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
 
 

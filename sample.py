@@ -19,6 +19,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,13 +37,23 @@ SIZES = (64, 256, 1024)
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
+LARGE = 1e9  # bytes of checkpoints
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None):
+class Stages(dict):
+    """{stage: network}; a network that is still a recipe (a partial) is made each time it is asked for, and kept by nobody."""
+
+    def __getitem__(self, stage):
+        value = super().__getitem__(stage)
+        return value() if isinstance(value, partial) else value
+
+
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
 
     prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
-    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP.
+    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
+    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
@@ -53,12 +64,17 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
     mark = clip_embed.fingerprint(clip)
-    for stage, (network, config) in kinds.items():
-        path = weights / f"{stage}.pt"
-        checkpoint = read_checkpoint(path, stage)
-        clip_embed.check_clip(checkpoint, path, mark, clip_path)
-        stack[stage] = clip_embed.load_model(network, config, checkpoint, path)
-    return {k: v if k == "tokenizer" else v.to(device) for k, v in stack.items()}
+    paths = {stage: weights / f"{stage}.pt" for stage in kinds}
+    large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
+
+    def load(stage):
+        checkpoint = read_checkpoint(paths[stage], stage, mmap=large)
+        clip_embed.check_clip(checkpoint, paths[stage], mark, clip_path)
+        network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
+        return network.to(device, torch.float16 if large and torch.device(device).type == "cuda" else torch.float32)
+
+    clip.to(device)
+    return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
 
 
 def generators(stage, seed, pictures):
@@ -67,22 +83,24 @@ def generators(stage, seed, pictures):
 
 
 @torch.no_grad()
-def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=1.0, prior_steps=64, variance="analytic",
-             decoder_guidance=2.0, decoder_steps=50, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
+def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
+             decoder_guidance=None, decoder_steps=None, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
 
     prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
-    options are those of each stage's `sample`; eta None is ancestral sampling in the decoder. `seconds`, a dictionary,
-    gathers the time that each stage took.
+    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. `seconds`, a
+    dictionary, gathers the time that each stage took.
     """
     seconds = {} if seconds is None else seconds
     device = stack["clip"].logit_scale.device
 
-    def in_batches(stage, most, run):
-        began, parts = time.perf_counter(), []
+    def in_batches(stage, most, run, kind=None):
+        began, parts, network = time.perf_counter(), [], stack[kind or stage]
+        half = next(network.parameters()).dtype == torch.float16
         for first in range(0, len(captions), most):
             pictures = range(first, min(first + most, len(captions)))
-            parts.append(run(pictures, generators(stage, seed, pictures)).cpu())
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                parts.append(run(network, pictures, generators(stage, seed, pictures)).float().cpu())
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
         return torch.cat(parts)
 
@@ -92,19 +110,19 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
         return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
 
     if prior_kind == "diffusion":
-        z_i = in_batches("prior", 256, lambda pictures, noise: prior.sample(
-            stack["prior"], of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
+        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
+            network, of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
     elif prior_kind == "ar":
-        z_i = in_batches("prior", 256, lambda pictures, noise: prior.ar_sample(
-            stack["ar-prior"], of(pictures), null, noise, prior_guidance, bar=bar))
+        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
+            network, of(pictures), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
     else:
         z_i = text["z_t"] * (prior_kind == "text")
-    images = in_batches("decoder", BATCH[64], lambda pictures, noise: decoder.sample(
-        stack["decoder"], z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
+    images = in_batches("decoder", BATCH[64], lambda network, pictures, noise: decoder.sample(
+        network, z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
-        small, stage = images, f"upsample-{large}"
-        images = in_batches(stage, BATCH[large], lambda pictures, noise: upsample.sample(
-            stack[stage], small[list(pictures)].to(device), noise, steps, bar=bar))
+        small = images
+        images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
+            network, small[list(pictures)].to(device), noise, steps, bar=bar))
     return images
 
 
@@ -164,23 +182,24 @@ def main():
         description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two "
         "shapes: circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; "
         "solid or striped; left of, right of, above, below; on a white, gray, pink or mint background.",
-        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 ignores the condition.")
+        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 ignores the condition. "
+        "Defaults of guidance and steps are the shipped weights'; others bring their own.")
     parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     parser.add_argument("--file", help="a text file of captions, one a line")
     parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
-    parser.add_argument("--size", type=int, default=1024, choices=SIZES, help="pixels a side (default 1024)")
+    parser.add_argument("--size", type=int, choices=SIZES, help="pixels a side (default: as many as the weights allow; 1024)")
     parser.add_argument("--prior", dest="prior_kind", default="diffusion", choices=PRIORS, help="where z_i comes from: a prior, "
                         "diffusion (default) or ar (autoregressive); text: z_t in its place; none: the caption alone (fig. 8)")
-    parser.add_argument("--prior-guidance", type=float, default=1.0, help="default 1, no guidance (§5: in the prior it hurt)")
-    parser.add_argument("--prior-steps", type=int, default=64, help="of the diffusion prior: default 64, as in the paper")
+    parser.add_argument("--prior-guidance", type=float, help="default 1, no guidance (§5: in the prior it hurt)")
+    parser.add_argument("--prior-steps", type=int, help="of the diffusion prior: default 64, as in the paper")
     parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"],
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
-    parser.add_argument("--decoder-guidance", type=float, default=2.0, help="default 2 (the paper for table 2: 1.25)")
-    parser.add_argument("--decoder-steps", type=int, default=50, help="default 50, for a laptop (the paper: 250)")
+    parser.add_argument("--decoder-guidance", type=float, help="default 2 (the paper for table 2: 1.25)")
+    parser.add_argument("--decoder-steps", type=int, help="default 50, for a laptop (the paper: 250)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, as in "
                         "the paper)")
-    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(27, 15), metavar=("S256", "S1024"),
+    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
                         help="default 27 15, as in the paper")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
@@ -196,17 +215,20 @@ def main():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
-        if any(not 1 <= s <= 900 for s in args.upsample_steps):
+        if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
-        stack = load_stack(args.weights, pick_device(args.device), args.size, args.prior_kind, args.clip, args.bpe)
+        size = args.size or max(s for s in SIZES if s == 64 or (args.weights / f"upsample-{s}.pt").exists())
+        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                                                  "decoder_steps", "eta", "upsample_steps")}
-        settings = ", ".join(f"{k.replace('_', '-')} {'ancestral' if v is None else v}" for k, v in options.items())
+        unsaid = {"eta": "ancestral"}
+        settings = ", ".join(f"{k.replace('_', '-')} {unsaid.get(k, 'default') if v in (None, (None, None)) else v}"
+                             for k, v in options.items())
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins
             some = captions[first:first + BATCH[64]]
-            images = generate(stack, some, args.seed + first, args.size, **options, bar=True, seconds=seconds)
+            images = generate(stack, some, args.seed + first, size, **options, bar=True, seconds=seconds)
             for k, (caption, image) in enumerate(zip(some, images), args.seed + first):
                 print(save_png(to_picture(image), args.out, caption, caption=caption, seed=k, settings=settings), flush=True)
             sheet += images if args.grid else []

@@ -19,7 +19,7 @@ the `shapes` presets' networks put out what the enlarged picture lacks, from whi
 import argparse
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +47,12 @@ class UpsamplerConfig:
     norm_groups: int = 32
     dropout: float = 0.1
     prediction: str = "eps"        # what the network puts out; "residual": see eps_from_residual
+    scale_shift: bool = True       # ADM's blocks; False: the timestep's embedding is only added (Karlo, and the five below)
+    enlarge: str = "bilinear"      # or "bicubic": how the condition is
+    top_signal: float = 0.015      # √ᾱ where sampling begins (top_step); 0: at t = 999
+    eta: float = 0.0               # DDIM's; 1: ancestral, of variance β̃
+    float32: bool = False          # sample with ᾱ rounded to that, as the library that runs Karlo does
+    last: bool = False             # another network of the same sizes takes the last step
 
 
 def second(**sizes):
@@ -209,14 +215,15 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block; the embedding scales and shifts the second norm; `resample` halves or doubles the side."""
+    """ADM's residual block; the embedding scales and shifts the second norm, or, without scale_shift, is added before it;
+    `resample` halves or doubles the side."""
 
-    def __init__(self, channels, out_channels, emb_channels, groups, dropout, resample=None):
+    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift, resample=None):
         super().__init__()
         self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.in_norm = nn.GroupNorm(groups, channels)
         self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_channels, 2 * out_channels)
+        self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels)
         self.out_norm = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.out_conv = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -224,8 +231,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        h = self.out_norm(h) * (1 + scale) + shift
+        emb = self.emb(F.silu(emb))[:, :, None, None]
+        if emb.shape[1] == h.shape[1]:
+            h = self.out_norm(h + emb)
+        else:
+            scale, shift = emb.chunk(2, 1)
+            h = self.out_norm(h) * (1 + scale) + shift
         return self.skip(self.resample(x)) + self.out_conv(self.dropout(F.silu(h)))
 
 
@@ -238,7 +249,7 @@ class Upsampler(nn.Module):
         emb = 4 * c.channels
 
         def res(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, resample)
+            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, c.scale_shift, resample)
 
         self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         width = c.channels * c.multiples[0]
@@ -260,12 +271,14 @@ class Upsampler(nn.Module):
                 self.up.append(nn.ModuleList(blocks + ([res(width, width, "up")] if k and n == c.depth else [])))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 3 * c.patch_size ** 2, 3, padding=1))
+        if c.last:
+            self.last = Upsampler(replace(c, last=False))
 
     def forward(self, x_t, t, low):
         """x_t (B, 3, H, W), t (B,), low (B, 3, h, h); H a multiple of patch_size · 2^(levels − 1)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        condition = F.interpolate(low, x_t.shape[-2:], mode="bilinear")
+        condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge, antialias=c.enlarge == "bicubic")
         h = self.conv_in(F.pixel_unshuffle(torch.cat([x_t, condition], 1), c.patch_size))
         skips = [h]
         for block in self.down:
@@ -304,20 +317,24 @@ def randn(generators, shape, device):
 def sample(model, low, generators, steps=None, bar=False):
     """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h), by DDIM with η = 0 (table 3: 27 and 15 steps).
 
-    generators: one torch.Generator a picture; steps None takes the config's.
+    generators: one torch.Generator a picture; steps None takes the config's, as η always is.
     """
     c = model.config
     size = low.shape[-1] * c.image_size // c.low_size
-    alphas_cumprod = SCHEDULES[c.schedule]()
-    rungs = ladder(steps or c.steps, top_step(alphas_cumprod))
+    exact = SCHEDULES[c.schedule]()
+    alphas_cumprod = exact.float() if c.float32 else exact
+    rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
     x = randn(generators, (len(low), 3, size, size), low.device)
     for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc=f"upsample-{size}", disable=not bar):
         alpha_t, alpha_s = float(alphas_cumprod[rungs[n]]), float(alphas_cumprod[rungs[n - 1]]) if n else 1.0
-        eps = model(x, torch.full((len(x),), rungs[n], device=x.device), low)
+        eps = (model.last if c.last and not n else model)(x, torch.full((len(x),), rungs[n], device=x.device), low)
         x_0 = predict_x_0(x, eps, alpha_t).clamp(-1, 1)
         eps = (x - math.sqrt(alpha_t) * x_0) / math.sqrt(1 - alpha_t)  # the ε that the clamped x̂_0 means
-        x = math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s) * eps
-    return x
+        deviation = c.eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))  # (DDIM eq. 16)
+        x = math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps
+        if n and c.eta:
+            x = x + deviation * randn(generators, x.shape, x.device)
+    return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # times 1; in float32, 0.99947
 
 
 def main():

@@ -115,6 +115,15 @@ def test_a_wrong_checkpoint_is_named_with_what_was_expected(tmp_path, change, me
         clip_embed.load_clip(tmp_path / "clip.pt")
 
 
+def test_a_checkpoint_older_than_a_field_of_its_config_takes_the_default(tmp_path):
+    old = checkpoint()
+    old["config"] = {k: v for k, v in old["config"].items() if k not in ("hidden_act", "unit_norm")}
+    torch.save(old, tmp_path / "clip.pt")
+    clip, _ = clip_embed.load_clip(tmp_path / "clip.pt")
+    assert (clip.config.hidden_act, clip.config.unit_norm) == ("gelu", True)
+    assert torch.allclose(clip.encode_text(torch.tensor([[512, 513]]))[1].norm(), torch.ones(()))
+
+
 def test_missing_tensors_truncated_files_and_code_in_pickles_are_refused(tmp_path):
     path, good = tmp_path / "clip.pt", checkpoint()
     del good["model"]["ln_final.bias"]

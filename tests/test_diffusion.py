@@ -114,9 +114,9 @@ def test_discretized_likelihood_sums_to_one_over_the_256_values(mean, deviation)
 class GaussianData:
     """The exact ε-predictor of pixels drawn from N(mean, deviation²), standing in for a network; v = 0, so the variance is β̃."""
 
-    def __init__(self, mean, deviation, side=8, **config):
+    def __init__(self, mean, deviation, side=8):
         self.mean, self.deviation = mean, deviation
-        self.config = SimpleNamespace(image_size=side, **config)
+        self.config = decoder.DecoderConfig(image_size=side)
         self.alphas = ALPHAS
 
     def eps(self, x, t):
@@ -137,11 +137,10 @@ def test_sampling_a_gaussian_with_its_exact_denoiser_gives_its_mean_and_variance
     assert float(x.std()) == pytest.approx(0.2, rel=0.04)
 
 
-def test_upsampler_samples_a_gaussian_with_its_exact_denoiser():
-    model = GaussianData(-0.3, 0.15, low_size=2, schedule="cosine", steps=100)
-    model.config.image_size = 8
-    call = lambda x, t, low: model.eps(x, t)
-    call.config = model.config
+@pytest.mark.parametrize("config", [{}, {"eta": 1.0}, {"eta": 1.0, "top_signal": 0.0, "float32": True}])
+def test_upsampler_samples_a_gaussian_with_its_exact_denoiser(config):
+    call = lambda x, t, low: GaussianData(-0.3, 0.15).eps(x, t)
+    call.config = upsample.UpsamplerConfig(low_size=2, image_size=8, steps=500, **config)
     x = upsample.sample(call, torch.zeros(300, 3, 2, 2), generators(300))
     assert float(x.mean()) == pytest.approx(-0.3, abs=0.01)
     assert float(x.std()) == pytest.approx(0.15, rel=0.05)
@@ -157,7 +156,7 @@ def test_prior_samples_a_direction_with_its_exact_denoiser():
         mean, var = m * prior.scale(d), (s * prior.scale(d)) ** 2
         return mean + a.sqrt() * var / (a * var + 1 - a) * (z - a.sqrt() * mean)
 
-    n = 600
+    n, model.config = 600, prior.PriorConfig()
     text = {"z_t": torch.zeros(n, d)}
     z_i = prior.sample(model, text, {"z_t": torch.zeros(1, d)}, generators(n), candidates=1, steps=500, variance="fixed-small")
     want = torch.nn.functional.normalize(m + s * torch.randn(100_000, d), dim=1)
@@ -169,6 +168,7 @@ def test_prior_samples_a_direction_with_its_exact_denoiser():
 def test_prior_keeps_the_candidate_closer_to_z_t():
     d = 8
     model = lambda z, t, text, cache: z  # whatever the noise was
+    model.config = prior.PriorConfig()
     model_text = {"z_t": torch.nn.functional.normalize(torch.randn(5, d), dim=1)}
     null = {"z_t": torch.zeros(1, d)}
     one = prior.sample(model, model_text, null, generators(5), steps=1, candidates=1)
@@ -202,7 +202,7 @@ class FlatData:
     """A denoiser that knows its data: every pixel is +c or −c. E[x_0|x_t] = c tanh(c √ᾱ x_t / (1 − ᾱ)), by Bayes' rule."""
 
     def __init__(self, c, side=8):
-        self.c, self.config = c, SimpleNamespace(image_size=side, prediction="eps")
+        self.c, self.config = c, decoder.DecoderConfig(image_size=side)
 
     def __call__(self, x, t, z_i, text):
         a = ALPHAS[t].view(-1, 1, 1, 1)

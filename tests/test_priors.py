@@ -241,7 +241,7 @@ class GaussianPosterior:
 
     def __init__(self, mean, s):
         self.mean, self.s = mean, s
-        self.errors = self.exact(torch.arange(1000)).float()
+        self.errors, self.config = self.exact(torch.arange(1000)).float(), prior.PriorConfig()
 
     def exact(self, t):
         """Var[x_0|x_t] a coordinate: what is left of s² once x_t, a measurement with noise (1 − ᾱ)/ᾱ, is known."""
@@ -305,7 +305,7 @@ def test_a_sampler_with_a_cache_gives_what_it_gives_without(text):
     for guidance_scale in (1.0, 2.0):
         a = prior.sample(model, y, null, generators(3), guidance_scale, 5)
         forgetful = lambda z, t, text, cache: model(z, t, text)
-        forgetful.errors = model.errors
+        forgetful.errors, forgetful.config = model.errors, model.config
         assert torch.allclose(a, prior.sample(forgetful, y, null, generators(3), guidance_scale, 5), atol=1e-5)
 
 
