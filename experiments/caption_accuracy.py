@@ -301,23 +301,25 @@ def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
     return scores
 
 
+def draw_and_score(stack, captions, seed, size=64, **options):
+    """Yield (caption, score, picture at 64) of each caption, picture k drawn with seed + k and options of sample.generate."""
+    for first in range(0, len(captions), sample.BATCH[64]):
+        some = captions[first:first + sample.BATCH[64]]
+        for caption, image in zip(some, sample.generate(stack, some, seed + first, size, **options)):
+            picture = sample.to_picture(image)
+            yield caption, score(picture, caption), picture.resize((SIDE, SIDE), Image.BOX)
+
+
 def generated(args):
     """(caption, score, picture) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
     stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
     options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_"))}
-    captions, scores = [], []
+    captions = []
     for k in range(args.n):
         rng = np.random.default_rng([args.seed, k])
         scene = random_scene(rng, args.things, args.held_out)
         captions.append(args.caption or describe(scene, what_to_say(scene, rng), rng))
-    with tqdm(total=args.n, desc="pictures") as bar:
-        for k in range(0, args.n, sample.BATCH[64]):
-            some = captions[k:k + sample.BATCH[64]]
-            for caption, image in zip(some, sample.generate(stack, some, args.seed + k, args.size, **options)):
-                picture = sample.to_picture(image)
-                scores.append((caption, score(picture, caption), picture.resize((SIDE, SIDE), Image.BOX)))
-                bar.update()
-    return scores
+    return list(tqdm(draw_and_score(stack, captions, args.seed, args.size, **options), "pictures", args.n))
 
 
 def read_file(path):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-from caption_accuracy import score
+from caption_accuracy import draw_and_score
 from clip_embed import UserError, one_line_errors, pick_device
 from train import describe, random_scene, what_to_say
 
@@ -40,11 +40,8 @@ def captions_of(n, seed):
 
 def measure(stack, captions, seed, **options):
     """({"one thing", "two things": (share right, its standard error)}, seconds a picture) with options for sample.generate."""
-    began, right = time.perf_counter(), []
-    for first in range(0, len(captions), sample.BATCH[64]):
-        some = captions[first:first + sample.BATCH[64]]
-        images = sample.generate(stack, some, seed + first, **options)
-        right += [score(sample.to_picture(image), caption)["all"] for caption, image in zip(some, images)]
+    began = time.perf_counter()
+    right = [verdict["all"] for _, verdict, _ in draw_and_score(stack, captions, seed, **options)]
     groups = {name: np.array(right[k::2], float) for k, name in enumerate(LINES)}
     return ({name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in groups.items()},
             (time.perf_counter() - began) / len(captions))

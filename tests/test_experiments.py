@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import caption_accuracy
 import speed
 import sweep
 import upsamplers
@@ -29,7 +30,7 @@ def test_operations_of_a_matrix_product_are_counted():
 def test_the_sweep_scores_one_thing_and_two_by_turns(monkeypatch):
     captions = sweep.captions_of(6, seed=0)
     assert captions == sweep.captions_of(6, seed=0) and captions != sweep.captions_of(6, seed=1)
-    monkeypatch.setattr(sweep.sample, "generate", lambda stack, some, seed, **options: torch.zeros(len(some), 3, 64, 64))
-    monkeypatch.setattr(sweep, "score", lambda picture, caption: {"all": caption in captions[::2]})
+    monkeypatch.setattr(sweep.sample, "generate", lambda stack, some, *rest, **options: torch.zeros(len(some), 3, 64, 64))
+    monkeypatch.setattr(caption_accuracy, "score", lambda picture, caption: {"all": caption in captions[::2]})
     shares, _ = sweep.measure({}, captions, 0, decoder_steps=1)
     assert shares == {"one thing": (1.0, 0.0), "two things": (0.0, 0.0)}

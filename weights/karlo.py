@@ -30,6 +30,7 @@ import decoder
 import prior
 import upsample
 from clip_embed import CLIP, UserError, load_model, one_line_errors, read_archive, read_json, read_safetensors, reading
+from train import save_atomically
 
 PARTS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last", "text_encoder", "tokenizer")
 WEIGHTS = [f"{name}{kind}" for name, kind in (("diffusion_pytorch_model", ".safetensors"), ("diffusion_pytorch_model", ".bin"),
@@ -245,9 +246,7 @@ def convert(karlo, out, clip_path=None):
         else:
             model, more = build(karlo), {"clip": mark}
         path = out / f"{stage}.pt"
-        torch.save({"stage": stage, "config": vars(model.config), "model": model.to(dtype).state_dict()} | more,
-                   path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)  # whole or not at all
+        save_atomically({"stage": stage, "config": vars(model.config), "model": model.to(dtype).state_dict()} | more, path)
         del model
         yield path
 
