@@ -6,9 +6,10 @@ import torch
 
 import caption_accuracy
 import speed
+import stages
 import sweep
 import upsamplers
-from train import COLOURS, Thing
+from train import COLOURS, VALUES, Thing, describe, random_scene, render, to_tensor
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
@@ -34,3 +35,13 @@ def test_the_sweep_scores_one_thing_and_two_by_turns(monkeypatch):
     monkeypatch.setattr(caption_accuracy, "score", lambda picture, caption: {"all": caption in captions[::2]})
     shares, _ = sweep.measure({}, captions, 0, decoder_steps=1)
     assert shares == {"one thing": (1.0, 0.0), "two things": (0.0, 0.0)}
+
+
+def test_stages_reads_true_pictures_right_and_others_captions_wrong():
+    rng = np.random.default_rng(5)
+    scenes = [random_scene(rng, 2) for _ in range(12)]
+    everything = {(k, a) for k in (0, 1) for a in VALUES} | {"relation", "background"}
+    captions = [describe(scene, everything, rng) for scene in scenes]
+    images = torch.stack([to_tensor(render(scene, 64)) for scene in scenes]).float() / 127.5 - 1
+    assert all(right == said == 12 for right, said in stages.cells(images, captions).values())
+    assert stages.cells(images, captions[1:] + captions[:1])["all"] == [0, 12]

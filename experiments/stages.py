@@ -1,0 +1,106 @@
+"""Which stage loses what a caption says? Pictures read back with each stage in turn given the truth (figure 8's rows, measured).
+
+In:   a folder of checkpoints; --n scenes never trained on, a caption of each
+Out:  on stdout, a Markdown table: how often each attribute that a caption says is right in the decoder's pictures, given z_i of
+      the true picture, z_i of the prior or none, with the caption and without; then, on the first --large of them, in the
+      true 64s and in those generated, made larger by the upsamplers and scaled back
+
+The same scenes, captions and noise serve every row, so that differences are the row's.
+
+    python experiments/stages.py --n 200 --large 100
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import decoder
+import prior
+import sample
+import upsample
+from caption_accuracy import rates, score
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
+from train import describe, random_scene, render, to_tensor, what_to_say
+
+COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound", "all")
+
+
+def drawn(stack, z_i, captions, seed, name):
+    """The decoder's pictures (n, 3, 64, 64) of z_i (n, d) and captions, with the noise that sample.py would use."""
+    images, (text, null) = [], encode_captions(stack["clip"], stack["tokenizer"], captions)
+    for first in tqdm(range(0, len(captions), sample.BATCH[64]), name):
+        some = slice(first, first + sample.BATCH[64])
+        noise = sample.generators("decoder", seed, range(*some.indices(len(captions))))
+        images.append(decoder.sample(stack["decoder"], z_i[some], {k: v[some] for k, v in text.items()}, null, noise).cpu())
+    return torch.cat(images)
+
+
+def enlarged(stack, images, seed, size, device):
+    """Images (n, 3, 64, 64) through the upsamplers to `size`, and back to 64 by averaging."""
+    out = []
+    for k, image in enumerate(tqdm(images, f"to {size}")):
+        for large in sample.SIZES[1:sample.SIZES.index(size) + 1]:
+            stage = f"upsample-{large}"
+            image = upsample.sample(stack[stage], image[None].to(device), sample.generators(stage, seed, [k]))[0]
+        out.append(torch.nn.functional.avg_pool2d(image.cpu(), size // 64))
+    return torch.stack(out)
+
+
+def cells(images, captions):
+    """The table's cells of pictures read back: right of said, attribute by attribute."""
+    got = rates([(caption, score(sample.to_picture(image), caption), None) for caption, image in zip(captions, images)])
+    return {a: got[a]["all"] for a in COLUMNS}
+
+
+def main():
+    """The script: what --help says."""
+    parser = argparse.ArgumentParser(description="Read back what the decoder draws from the true z_i, the prior's or none, with "
+                                     "the caption and without, and what the upsamplers keep of it.")
+    parser.add_argument("--n", type=int, default=200, help="captions (default 200)")
+    parser.add_argument("--large", type=int, default=50, help="of them through both upsamplers, 10 s each (default 50; 0: none)")
+    parser.add_argument("--things", type=int, choices=(1, 2), help="only scenes of so many things")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
+    parser.add_argument("--json", type=Path, help="write the numbers")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors(), torch.no_grad():
+        if not 1 <= args.n <= 100_000 or not 0 <= args.large <= args.n or not 0 <= args.seed < 1 << 48:
+            raise UserError("--n must be between 1 and 100000, --large between 0 and --n, --seed at least 0")
+        device = pick_device(args.device)
+        stack = sample.load_stack(args.weights, device, 1024 if args.large else 64)
+        rngs = [np.random.default_rng([args.seed, 1 << 21, k]) for k in range(args.n)]
+        scenes = [random_scene(rng, args.things) for rng in rngs]
+        captions = [describe(scene, what_to_say(scene, rng), rng) for scene, rng in zip(scenes, rngs)]
+        true = torch.stack([to_tensor(render(scene, 64)) for scene in scenes]).float() / 127.5 - 1
+        side = stack["clip"].config.image_size
+        z_true = torch.cat([stack["clip"].encode_image(preprocess_tensor(some.to(device), side)) for some in true.split(64)])
+        z_prior = prior.sample(stack["prior"], *encode_captions(stack["clip"], stack["tokenizer"], captions),
+                               sample.generators("prior", args.seed, range(args.n)), bar=True)
+        empty = [""] * args.n
+        rows = {"the true picture": true}
+        for name, z_i, words in (("true z_i, caption", z_true, captions), ("true z_i alone", z_true, empty),
+                                 ("prior's z_i, caption", z_prior, captions), ("prior's z_i alone", z_prior, empty),
+                                 ("caption alone", torch.zeros_like(z_true), captions)):
+            rows[name] = drawn(stack, z_i, words, args.seed, name)
+        if args.large:
+            for name, small in (("the true 64s", true), ("the prior's 64s", rows["prior's z_i, caption"])):
+                small = small[:args.large]
+                rows |= {f"{name}, first {args.large}": small} | {f"{name}, at {size}, scaled back":
+                         enlarged(stack, small, args.seed, size, device) for size in sample.SIZES[1:]}
+        print(f"| | {' | '.join(COLUMNS)} |" + "\n|---" + "|---" * len(COLUMNS) + "|")
+        numbers = {name: cells(images, captions) for name, images in rows.items()}
+        for name, row in numbers.items():
+            print(f"| {name} | {' | '.join(f'{right / of:.1%}' if of else '–' for right, of in row.values())} |")
+        if args.json:
+            args.json.write_text(json.dumps({"n": args.n, "seed": args.seed, "things": args.things, "rows": numbers}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
