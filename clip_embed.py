@@ -3,11 +3,20 @@
 In:   captions (list of str), pictures (Pillow images, or tensors (B, 3, H, W) in [-1, 1])
 Out:  tokens (B, 77), the text tower's states (B, 77, text_width), z_t (B, d) and z_i (B, d), unit-norm
 
-unCLIP inverts the image encoder: z_i is what the prior predicts from a caption and what the decoder
-paints from. The two towers are trained so that a picture and its own caption point the same way, and
-stay frozen afterwards. Read the file from top to bottom: byte-level BPE, the two transformers under
-the names that OpenAI's code gave them (so that published weights fit), the contrastive loss, the
-pictures' way in, checkpoints, and the CLIPs that others published.
+    caption ─► tokens ─► causal transformer ─► states ─► the one at the end token, projected ─► z_t
+    picture ─► patches after a class token ─► transformer ─► the class token's, projected ─► z_i
+
+unCLIP inverts the image tower: z_i is what the prior predicts from a caption and what the decoder paints from.
+Both towers stay frozen while those train. The objective (contrastive_loss): among the B pictures of a batch each
+caption has to find its own, and among the captions each picture, by a cross-entropy over the rows and the columns
+of the B × B cosines, divided by a learned temperature. There is nothing to sample: embeddings are computed.
+
+Where the papers are silent, ours: the cosines are scaled in float32; the image tower's positions start from sines and
+cosines; batches hold near misses and no caption twice (train.py); AdamW trains it, without the paper's SAM.
+
+Read the file from top to bottom: byte-level BPE, the two towers under the names that OpenAI's code gave them (so that
+published weights fit), the contrastive loss, the pictures' way in; then what every script needs, devices and errors
+in one line, checkpoints, and the CLIPs that others published.
 
     python clip_embed.py picture.png "a red circle" "a blue star"
     python clip_embed.py --clip ViT-B-32.pt pictures/*.jpg "a photo of a dog" "a photo of a cat"
@@ -41,38 +50,6 @@ from PIL import Image, ImageOps
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel statistics, for pixels in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-class UserError(Exception):
-    """Something the user can mend: scripts print it as one line and exit with status 2."""
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Turn a UserError, and what a disk refuses, into one line on stderr and exit status 2, Ctrl-C into status 130."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def pick_device(name):
-    """The torch device called `name`; "auto" takes cuda, else mps, else cpu. Raises UserError."""
-    have = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name == "auto":
-        name = next(kind for kind in have if have[kind]())
-    if name.split(":")[0] not in have or not have[name.split(":")[0]]():
-        raise UserError(f"--device {name}: not available here (use auto, or one of "
-                        f"{', '.join(kind for kind in have if have[kind]())})")
-    try:
-        torch.empty(0, device=name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------- captions into tokens
@@ -118,7 +95,7 @@ def merge_pair(symbols, pair):
 
 
 def learn_bpe(captions, most=1000):
-    """Learn up to `most` merges from captions: join the commonest pair, again and again (Sennrich et al. 2016)."""
+    """Learn up to `most` merges from captions: join the commonest pair, again and again (§2; Sennrich et al. 2016)."""
     words = Counter(to_symbols(w) for caption in captions for w in split_words(clean(caption)))
     merges = []
     while len(merges) < most:
@@ -135,7 +112,7 @@ def learn_bpe(captions, most=1000):
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE: any text in, (B, context_length) token numbers out.
+    """CLIP's byte-level BPE: any text in, (B, context_length) token numbers out (§2; the CLIP paper §2.4).
 
     The vocabulary is the 256 bytes, the 256 bytes that end a word, one entry a merge, start and end:
     what CLIP's `bpe_simple_vocab` and `vocab.json` hold, in their order. No text is outside it. `pad` is the token
@@ -238,7 +215,7 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        B, L, C = x.shape
+        B, L, C = x.shape  # C = width
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hs)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -301,8 +278,10 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
 
     def forward(self, pixels):
+        """pixels (B, 3, image_size, image_size), CLIP-normalized → (B, d), of any length."""
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, patches, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1)
+        x = x + self.positional_embedding  # (B, 1 + patches, width)
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -340,7 +319,7 @@ class CLIP(nn.Module):
         z_t is read at the end token: the first of the largest id, since `end` is the vocabulary's last. The
         tower is causal, so the columns after every caption's end may be cut off without changing anything.
         """
-        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
+        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]  # (B, L, text_width)
         states = self.ln_final(self.transformer(x))
         end = ids.argmax(1)
         z_t = states[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
@@ -358,7 +337,7 @@ def contrastive_loss(z_i, z_t, logit_scale):
     inverse temperature, held at or under log 100 as in the CLIP paper.
     """
     with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would round logits near 100 to halves: near misses drown
-        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T
+        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T  # (B, B)
     target = torch.arange(len(z_i), device=z_i.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -411,6 +390,40 @@ def preprocess(picture, size):
     """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (3, size, size)."""
     picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return preprocess_tensor(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
+
+
+# ----------------------------------------------------------------------------- scripts: errors in one line, devices
+
+class UserError(Exception):
+    """Something the user can mend: scripts print it as one line and exit with status 2."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a UserError, and what a disk refuses, into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """The torch device called `name`; "auto" takes cuda, else mps, else cpu. Raises UserError."""
+    have = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind in have if have[kind]())
+    if name.split(":")[0] not in have or not have[name.split(":")[0]]():
+        raise UserError(f"--device {name}: not available here (use auto, or one of "
+                        f"{', '.join(kind for kind in have if have[kind]())})")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------- checkpoints

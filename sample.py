@@ -1,13 +1,17 @@
 """From captions to pictures: the whole chain (fig. 2, §5).
 
-    caption → CLIP's text tower → prior → z_i → decoder → 64×64 → upsampler → 256×256 → upsampler → 1024×1024
+    caption ─► clip_embed ─► states, z_t (B, d) ─► prior ─► z_i (B, d) ─► decoder ─► (B, 3, 64, 64) ─► upsample, twice
+    ─► (B, 3, 256, 256) ─► (B, 3, 1024, 1024)
 
 In:   captions, as arguments or one a line in a file
 Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its text chunks;
       their paths on stdout, one a line, and all else on stderr
 
-Picture k of a run draws its noise from generators of its own, seeded by seed + k and the stage: it is the same
-picture alone or in a batch.
+Each stage's own `sample` is called with its own options. Where the paper is silent, ours: guidance of the decoder is 2 and its
+steps are 50 unless asked otherwise (the paper: 250), for a laptop's sake; and picture k of a run draws its noise from
+generators of its own, seeded by seed + k and the stage: it is the same picture alone or in a batch.
+
+Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
     python sample.py "a large red circle above a small blue star"
     python sample.py "a red circle" "a striped heart on pink" --n 8 --size 64 --grid
@@ -40,42 +44,7 @@ BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 LARGE = 1e9  # bytes of checkpoints
 
 
-class Stages(dict):
-    """{stage: network}; a network that is still a recipe (a partial) is made each time it is asked for, and kept by nobody."""
-
-    def __getitem__(self, stage):
-        value = super().__getitem__(stage)
-        return value() if isinstance(value, partial) else value
-
-
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
-    """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
-
-    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
-    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
-    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
-    """
-    weights = Path(weights)
-    clip_path = clip_path or weights / "clip.pt"
-    clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
-    stack = {"clip": clip, "tokenizer": tokenizer}
-    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
-    kinds = {k: v for k, v in kinds.items() if k == PRIORS[prior_kind]} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
-    for large in SIZES[1:SIZES.index(size) + 1]:
-        kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
-    mark = clip_embed.fingerprint(clip)
-    paths = {stage: weights / f"{stage}.pt" for stage in kinds}
-    large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
-
-    def load(stage):
-        checkpoint = read_checkpoint(paths[stage], stage, mmap=large)
-        clip_embed.check_clip(checkpoint, paths[stage], mark, clip_path)
-        network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
-        return network.to(device, torch.float16 if large and torch.device(device).type == "cuda" else torch.float32)
-
-    clip.to(device)
-    return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
-
+# ----------------------------------------------------------------------------- the chain
 
 def generators(stage, seed, pictures):
     """One torch.Generator for each picture number, seeded by seed + number and the stage."""
@@ -85,9 +54,9 @@ def generators(stage, seed, pictures):
 @torch.no_grad()
 def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
              decoder_guidance=None, decoder_steps=None, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
-    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
+    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional (§2, fig. 2).
 
-    prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
+    prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
     options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. `seconds`, a
     dictionary, gathers the time that each stage took.
     """
@@ -126,6 +95,60 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     return images
 
 
+# ----------------------------------------------------------------------------- its networks
+
+class Stages(dict):
+    """{stage: network}; a network that is still a recipe (a partial) is made each time it is asked for, and kept by nobody."""
+
+    def __getitem__(self, stage):
+        value = super().__getitem__(stage)
+        return value() if isinstance(value, partial) else value
+
+
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
+    """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
+
+    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
+    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
+    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
+    """
+    weights = Path(weights)
+    clip_path = clip_path or weights / "clip.pt"
+    clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
+    stack = {"clip": clip, "tokenizer": tokenizer}
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
+    kinds = {k: v for k, v in kinds.items() if k == PRIORS[prior_kind]} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    for large in SIZES[1:SIZES.index(size) + 1]:
+        kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
+    mark = clip_embed.fingerprint(clip)
+    paths = {stage: weights / f"{stage}.pt" for stage in kinds}
+    large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
+
+    def load(stage):
+        checkpoint = read_checkpoint(paths[stage], stage, mmap=large)
+        clip_embed.check_clip(checkpoint, paths[stage], mark, clip_path)
+        network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
+        return network.to(device, torch.float16 if large and torch.device(device).type == "cuda" else torch.float32)
+
+    clip.to(device)
+    return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
+
+
+# ----------------------------------------------------------------------------- captions in, pictures out
+
+def gather_captions(arguments, file):
+    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
+    captions = list(arguments)
+    if file:
+        try:
+            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
+    if not captions:
+        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
+    return captions
+
+
 def to_picture(image):
     """A tensor (3, H, W) in [-1, 1] → a Pillow image."""
     return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
@@ -161,19 +184,6 @@ def save_png(picture, folder, name, **chunks):
                 number += 1
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error})") from None
-
-
-def gather_captions(arguments, file):
-    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
-    captions = list(arguments)
-    if file:
-        try:
-            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
-    if not captions:
-        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
-    return captions
 
 
 def main():

@@ -153,7 +153,7 @@ def meaning(scene, said):
 
 
 def near_misses(scene, said, rng, n=3):
-    """n scenes that the same kind of caption tells from this one, and from one another, by one thing that it says.
+    """n scenes that the same kind of caption tells from this one, and from one another, by one thing that it says (§7).
 
     What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
     "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
@@ -422,7 +422,7 @@ def learning_rate(step, recipe):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Move the averaged weights towards the model's; early on faster, or the first weights would linger."""
+    """Move the averaged weights towards the model's (table 3); early on faster (ours), or the first weights would linger."""
     decay = min(decay, (1 + step) / (10 + step))
     for slow, fast in zip(ema.parameters(), model.parameters()):
         slow.lerp_(fast, 1 - decay)
