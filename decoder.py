@@ -389,7 +389,7 @@ def randn(generators, shape, device):
 def guided(model, x_t, t, z_i, text, null, guidance_scale):
     """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5). w = 1 is none.
 
-    What growing w does to the pictures is the subject of §5.3. t is an integer; null: the empty caption, one row.
+    What growing w does to the pictures is the subject of §5.3, figs. 9–11. t is an integer; null: the empty caption, one row.
     """
     t = torch.full((len(x_t),), t, device=x_t.device)
     if guidance_scale == 1:

@@ -153,7 +153,7 @@ def meaning(scene, said):
 
 
 def near_misses(scene, said, rng, n=3):
-    """n scenes that the same kind of caption tells from this one, and from one another, by one thing that it says (§7).
+    """n scenes that the same kind of caption tells from this one, and from one another, by one thing it says (§7, fig. 14).
 
     What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
     "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
