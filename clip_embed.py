@@ -29,7 +29,6 @@ import hashlib
 import html
 import json
 import math
-import mmap
 import pickle
 import re
 import sys
@@ -223,33 +222,35 @@ class MultiheadAttention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block: x + attention, then x + MLP."""
+    """Pre-norm transformer block: x + attention, then x + MLP; `causal` hides every later position."""
 
-    def __init__(self, width, heads, hidden_act):
+    def __init__(self, width, heads, hidden_act, causal):
         super().__init__()
+        self.causal = causal
         self.attn = MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
         self.act = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}[hidden_act]
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x), self.causal)
         return x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `causal` hides every later position."""
+    """A stack of blocks, with CLIP's own initial scales: (B, L, width) → (B, L, width)."""
 
     def __init__(self, width, layers, heads, hidden_act, causal):
         super().__init__()
-        self.causal = causal
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, hidden_act) for _ in range(layers))
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, hidden_act, causal) for _ in range(layers)))
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp["c_proj"].weight, std=(width * 2 * layers) ** -0.5)
 
     def forward(self, x):
-        for block in self.resblocks:
-            x = block(x, self.causal)
-        return x
+        return self.resblocks(x)
 
 
 def positions(side, width):
@@ -300,12 +301,6 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for tower in filter(None, (self.visual and self.visual.transformer, self.transformer)):  # CLIP's own initial scales
-            for block in tower.resblocks:
-                w, deep = block.ln_1.weight.shape[0], (2 * len(tower.resblocks)) ** -0.5
-                nn.init.normal_(block.attn.out_proj.weight, std=w ** -0.5 * deep)
-                nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * w) ** -0.5)
-                nn.init.normal_(block.mlp["c_proj"].weight, std=w ** -0.5 * deep)
 
     def encode_image(self, pixels):
         """z_i (B, d), unit-norm, of CLIP-normalized pixels (B, 3, image_size, image_size)."""
@@ -386,10 +381,15 @@ def preprocess_tensor(images, size):
     return ((images + 1) / 2 - mean) / std
 
 
-def preprocess(picture, size):
-    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (3, size, size)."""
+def to_square(picture, size):
+    """The middle square of a Pillow picture, its side brought to `size` by bicubic: (1, 3, size, size) in [-1, 1]."""
     picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return preprocess_tensor(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def preprocess(picture, size):
+    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (1, 3, size, size)."""
+    return preprocess_tensor(to_square(picture, size), size)
 
 
 # ----------------------------------------------------------------------------- scripts: errors in one line, devices
@@ -413,15 +413,11 @@ def one_line_errors():
 
 def pick_device(name):
     """The torch device called `name`; "auto" takes cuda, else mps, else cpu. Raises UserError."""
-    have = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
-        name = next(kind for kind in have if have[kind]())
-    if name.split(":")[0] not in have or not have[name.split(":")[0]]():
-        raise UserError(f"--device {name}: not available here (use auto, or one of "
-                        f"{', '.join(kind for kind in have if have[kind]())})")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except RuntimeError as error:
+        torch.zeros(1, device=name).cpu()  # torch itself knows best what there is
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return torch.device(name)
 
@@ -528,12 +524,12 @@ def read_safetensors(path):
     The format: the header's length (8 bytes, little-endian); the header, JSON, {name: {"dtype", "shape", "data_offsets"}};
     the tensors' bytes, one after another without gap or overlap.
     """
-    with reading(path, "a .safetensors file", ".safetensors file"), open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = end = 8 + int.from_bytes(memory[:8], "little")
+    with reading(path, "a .safetensors file", ".safetensors file"):
+        memory = np.memmap(path, mode="c")  # c: what is written to the tensors stays in memory
+        start = end = 8 + int.from_bytes(memory[:8].tobytes(), "little")
         if start > len(memory):
             raise UserError(f"{path}: says that its header ends at byte {start}, but has {len(memory)}: damaged or truncated")
-        header, tensors = json.loads(memory[8:start]), {}
+        header, tensors = json.loads(memory[8:start].tobytes()), {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], [start + n for n in entry["data_offsets"]]
@@ -563,8 +559,8 @@ def read_archive(path):
     makes tensors of those bytes; a TorchScript module becomes Inert.
     """
     expected = "the clip checkpoint that `python train.py clip` writes, OpenAI's .pt or a Hugging Face folder"
-    with reading(path, expected), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with reading(path, expected), zipfile.ZipFile(path) as archive:
+        memory = np.memmap(path, mode="c")
         stored = {member.filename.partition("/")[2]: member for member in archive.infolist() if not member.compress_type}
 
         class Restricted(pickle.Unpickler):
@@ -721,7 +717,7 @@ def main():
         clip.to(device)
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:
-            z_i = clip.encode_image(preprocess(open_picture(path), clip.config.image_size)[None].to(device))
+            z_i = clip.encode_image(preprocess(open_picture(path), clip.config.image_size).to(device))
             cosine = (z_i @ z_t.T)[0]
             share = (clip.logit_scale.exp() * cosine).softmax(0)
             print(path, "  cosine  softmax", sep="\n")

@@ -484,8 +484,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")
     args = parser.parse_args()
-    import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
     import clip_embed as ce
     with ce.one_line_errors():
         if not 2 <= args.steps <= 950 or not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
@@ -496,10 +495,8 @@ def main():
         (clip, tokenizer), checkpoint = ce.load_clip(clip_path), ce.read_checkpoint(path, "decoder")
         ce.check_clip(checkpoint, path, ce.fingerprint(clip), clip_path)
         model = ce.load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
-        small = ImageOps.fit(picture, (model.config.image_size,) * 2, Image.Resampling.BICUBIC)
-        x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
-        clip.to(device)
-        z_i = clip.encode_image(ce.preprocess(picture, clip.config.image_size)[None].to(device))
+        x_0 = ce.to_square(picture, model.config.image_size).to(device)
+        z_i = clip.to(device).encode_image(ce.preprocess(picture, clip.config.image_size).to(device))
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
         generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
         x_T = invert(model, x_0, z_i, text, generators[:1], args.steps, bar=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 import clip_embed
 import decoder
@@ -41,8 +41,7 @@ from sample import BATCH, SHIPPED, SIZES, generators, load_stack, save_png, to_p
 def load_picture(stack, path):
     """A picture file's middle square: (1, 3, S, S) in [-1, 1], S what CLIP or the decoder reads. Raises UserError."""
     side = max(stack["clip"].config.image_size, stack["decoder"].config.image_size)
-    picture = ImageOps.fit(clip_embed.open_picture(path), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return clip_embed.to_square(clip_embed.open_picture(path), side)
 
 
 def in_batches(stack, captions, run):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 
@@ -358,16 +358,14 @@ def main():
         if not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
             raise ce.UserError("--seed must be at least 0, and --out end in .png")
         device = ce.pick_device(args.device)
-        small = ImageOps.fit(ce.open_picture(args.picture), (64, 64), Image.Resampling.BICUBIC)
-        x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
+        x = small = ce.to_square(ce.open_picture(args.picture), 64).to(device)
         for size in (256, 1024)[:1 + (args.size == 1024)]:
             path = args.weights / f"upsample-{size}.pt"
             model = ce.load_model(Upsampler, UpsamplerConfig, ce.read_checkpoint(path, f"upsample-{size}"), path).to(device)
             x = sample(model, x, [torch.Generator().manual_seed(args.seed)], bar=True)
-        sheet = Image.new("RGB", (2 * args.size, args.size))
-        sheet.paste(small.resize((args.size, args.size), Image.Resampling.BICUBIC))
-        sheet.paste(Image.fromarray(((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()), (args.size, 0))
-        sheet.save(args.out)
+        bicubic = F.interpolate(small, (args.size, args.size), mode="bicubic").clamp(-1, 1)
+        sheet = torch.cat([bicubic, x], 3)[0].permute(1, 2, 0)  # (size, 2 · size, 3), side by side
+        Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
         print(args.out)
 
 
