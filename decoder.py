@@ -24,7 +24,7 @@ from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_st
 import argparse
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -230,34 +230,29 @@ class Decoder(nn.Module):
             self.text = nn.Sequential(nn.Linear(c.clip_text_width, c.text_width), nn.LayerNorm(c.text_width))
             self.text_to_emb = nn.Linear(c.embed_dim, emb)
 
-        def res(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, c.scale_shift, resample)
-
-        def level(channels, out_channels, side):
-            return nn.ModuleList([res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
-
-        def attend(channels):
-            return AttentionBlock(channels, c.head_channels, c.text_width, c.norm_groups)
-
-        side, width = c.image_size // c.patch_size, c.channels * c.multiples[0]
-        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, width, 3, padding=1)
-        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout, scale_shift=c.scale_shift)
+        attend = partial(AttentionBlock, head_channels=c.head_channels, context_width=c.text_width, groups=c.norm_groups)
+        level = lambda channels, out_channels, side: nn.ModuleList(
+            [res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
+        side, widths = c.image_size // c.patch_size, [c.channels * c.multiples[0]]  # widths: of each skip connection
+        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
-                self.down.append(level(width, multiple * c.channels, side))
-                width = multiple * c.channels
-                widths.append(width)
+                self.down.append(level(widths[-1], multiple * c.channels, side))
+                widths.append(multiple * c.channels)
             if k < len(c.multiples) - 1:
-                self.down.append(nn.ModuleList([res(width, width, "down")]))
-                widths.append(width)
+                self.down.append(nn.ModuleList([res(widths[-1], widths[-1], resample="down")]))
+                widths.append(widths[-1])
                 side //= 2
+        width = widths[-1]
         self.middle = nn.ModuleList([res(width, width), attend(width), res(width, width)])
         for k, multiple in reversed(list(enumerate(c.multiples))):
-            for n in range(c.depth + 1):
+            for _ in range(c.depth + 1):
                 self.up.append(level(width + widths.pop(), multiple * c.channels, side))
                 width = multiple * c.channels
             if k:
-                self.up[-1].append(res(width, width, "up"))
+                self.up[-1].append(res(width, width, resample="up"))
                 side *= 2
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 6 * c.patch_size ** 2, 3, padding=1))
@@ -424,7 +419,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
         if not n:
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # 1; in float32, 0.99947
         if eta is None:
-            from_x_0, from_x_t, beta_tilde = (float(c) for c in posterior(alpha_t, alpha_s))
+            from_x_0, from_x_t, beta_tilde = (float(factor) for factor in posterior(alpha_t, alpha_s))
             log_variance = learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde))
             deviation = torch.exp(0.5 * log_variance)
             x = from_x_0 * x_0 + from_x_t * x

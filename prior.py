@@ -260,7 +260,8 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
         f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
         z_0 = guided(f, z, text, null, c.guidance if guidance_scale is None else guidance_scale).clamp(-c.clamp, c.clamp)
         if n:
-            from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
+            factors = posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]])
+            from_z_0, from_z_t, beta_tilde = (float(factor) for factor in factors)
             error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
             deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
             z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)

@@ -1,5 +1,10 @@
 """Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
 
+What a stage minimizes stands in its own file. Here stand the data, the recipes and one loop for all: AdamW at table 3's
+settings, a running average of the weights (EMA) beside it, which is what is kept. Where the paper is silent, ours: the world
+of shapes, near misses in CLIP's batches, a learning rate that warms up and falls along half a cosine, an average that is
+quicker at first, priors that train on embeddings computed once.
+
 In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, decoder, upsample-256, upsample-1024
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
       NAME.csv and NAME-loss.png (the loss), NAME-samples.png (what the network makes at present)

@@ -22,7 +22,7 @@ import argparse
 import io
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -167,27 +167,25 @@ class Upsampler(nn.Module):
         self.config = c = config
         emb = 4 * c.channels
 
-        def res(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, c.scale_shift, resample)
-
         self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        width = c.channels * c.multiples[0]
-        self.conv_in = nn.Conv2d(6 * c.patch_size ** 2, width, 3, padding=1)
-        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout, scale_shift=c.scale_shift)
+        widths = [c.channels * c.multiples[0]]  # of each skip connection
+        self.conv_in = nn.Conv2d(6 * c.patch_size ** 2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
-                self.down.append(res(width, multiple * c.channels))
-                width = multiple * c.channels
-                widths.append(width)
+                self.down.append(res(widths[-1], multiple * c.channels))
+                widths.append(multiple * c.channels)
             if k < len(c.multiples) - 1:
-                self.down.append(res(width, width, "down"))
-                widths.append(width)
+                self.down.append(res(widths[-1], widths[-1], resample="down"))
+                widths.append(widths[-1])
+        width = widths[-1]
         self.middle = nn.ModuleList([res(width, width), res(width, width)])
         for k, multiple in reversed(list(enumerate(c.multiples))):
             for n in range(c.depth + 1):
                 blocks = [res(width + widths.pop(), multiple * c.channels)]
                 width = multiple * c.channels
-                self.up.append(nn.ModuleList(blocks + ([res(width, width, "up")] if k and n == c.depth else [])))
+                self.up.append(nn.ModuleList(blocks + ([res(width, width, resample="up")] if k and n == c.depth else [])))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 3 * c.patch_size ** 2, 3, padding=1))
         if c.last:

@@ -43,9 +43,10 @@ def rows(readme):
 
 @lru_cache
 def docstrings(path):
-    """{name: docstring, on one line} of a file's functions and classes."""
-    definitions = [n for n in ast.parse((ROOT / path).read_text(encoding="utf-8")).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    return {n.name: " ".join((ast.get_docstring(n) or "").split()) for n in definitions}
+    """{name: docstring, on one line} of a file's functions and classes, and of the file itself under its path."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    named = {path: tree} | {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {name: " ".join((ast.get_docstring(node) or "").split()) for name, node in named.items()}
 
 
 def faults(readme):
@@ -53,13 +54,14 @@ def faults(readme):
     found, table = [], rows(readme)
     for of_paper, code, choice, tests in table:
         citations = re.findall(r"\*\*(.+?)\*\*", of_paper)
-        links = re.findall(r"\[`(\w+)\.(\w+)`\]\((.+?)\)", code)
+        links = re.findall(r"\[`([\w/.]+)`\]\((.+?)\)", code)
         found += [f"{of_paper}: cites nothing"] * (not citations)
-        for module, name, path in links:
-            there = docstrings(path) if path == f"{module}.py" and (ROOT / path).exists() else {}
+        for label, path in links:  # module.function, or the path of a script, whose opening docstring then cites
+            name = path if label == path else label.removeprefix(path.removesuffix(".py") + ".")
+            there = docstrings(path) if (ROOT / path).exists() else {}
             if name not in there:
                 found.append(f"{of_paper}: there is no {name} in {path}")
-            found += [f"{of_paper}: the docstring of {module}.{name} does not cite {c}" for c in citations
+            found += [f"{of_paper}: the docstring of {label} does not cite {c}" for c in citations
                       if not re.search(re.escape(c) + r"(?![\d.]*\d)", there.get(name, c))]
         if not links and not (code == "–" and WITHOUT_CODE.intersection(citations) and len(choice) > 10):
             found.append(f"{of_paper}: has neither code nor a reason")
@@ -85,7 +87,8 @@ def test_the_map_is_whole_and_true():
 
 @pytest.mark.parametrize("old, new, fault", [
     ("[`decoder.guided`](decoder.py)", "[`decoder.guide`](decoder.py)", "there is no guide in decoder.py"),
-    ("[`decoder.guided`](decoder.py)", "[`decoder.guided`](guided.py)", "there is no guided in guided.py"),
+    ("[`decoder.guided`](decoder.py)", "[`decoder.guided`](guided.py)", "there is no decoder.guided in guided.py"),
+    ("[`decoder.guided`](decoder.py)", "[`prior.py`](prior.py)", "the docstring of prior.py does not cite §5.3"),
     ("[`decoder.posterior`](decoder.py)", "[`decoder.zero`](decoder.py)", "the docstring of decoder.zero does not cite DDPM eqs. 6, 7"),
     ("**fig. 8**", "**fig. 88**", "the docstring of sample.generate does not cite fig. 88"),
     ("**§2.1** BSR", "**§2.2** BSR", "the docstring of upsample.bsr_degrade does not cite §2.2"),
