@@ -36,7 +36,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -461,10 +461,10 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     its config lacks takes its default: the file may be older than the field. `layout` gives the network's state_dict the
     names and orientations that the file has, as views (hugging_face, for one).
     """
-    known = sorted(f.name for f in fields(config_class))
-    config = {f.name: f.default for f in fields(config_class) if f.default is not MISSING} | checkpoint["config"]
-    if sorted(config) != known:
-        raise UserError(f"{path}: its config has the fields {sorted(config)}, expected {known}")
+    default = vars(config_class())
+    config = default | checkpoint["config"]
+    if config.keys() != default.keys():
+        raise UserError(f"{path}: its config has the fields {[*config]}, expected {[*default]}")
     for field, value in config.items():
         most = len(checkpoint["model"]) if "layers" in field or field == "depth" else 1 << 20  # no more layers than tensors
         if any(isinstance(n, int) and not 0 <= n <= most for n in (value if isinstance(value, tuple) else (value,))):

@@ -390,7 +390,7 @@ def guided(model, x_t, t, z_i, text, null, guidance_scale):
     if guidance_scale == 1:
         return model(x_t, t, z_i, text)
     both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
-    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)
+    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)  # (2B, 3, H, W) each
     given, free = eps.chunk(2)
     return free + guidance_scale * (given - free), v[:len(x_t)]
 
@@ -474,7 +474,7 @@ def main():
     parser.add_argument("picture", help="any picture; it is cropped to a square")
     parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
     parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps each way, and of the fresh ones (more: closer; default 50)")
+    parser.add_argument("--steps", type=int, default=50, help="steps each way, and of the fresh ones; more: closer (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")

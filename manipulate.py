@@ -292,7 +292,8 @@ def main():
             if values is not None and not all(low <= v <= high for v in (values if isinstance(values, list) else [values])):
                 raise UserError(f"--{name} {values}: must be between {low} and {high}")
         if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
-            raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the {len(args.pictures)} pictures")
+            raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the "
+                            f"{len(args.pictures)} pictures")
         kind = "ar" if args.command == "reconstruct" else "none"  # the autoregressive prior keeps z_i's components
         stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip, args.bpe)
         pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)

@@ -222,7 +222,7 @@ def estimate_errors(model, batches, points=112):
             t = torch.full((len(z_0),), t, device=z_0.device)
             z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
             errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
-    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)
+    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)  # (1, 1, points): over the batches
     return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
 
 
@@ -271,11 +271,11 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
     return z_i.view(shape)[torch.arange(B, device=device), best]
 
 
-# ----------------------------------------------------------------------------- the autoregressive prior: z_i as a sequence of codes
+# ----------------------------------------------------------------------------- the autoregressive prior: z_i as codes
 
 @dataclass
 class ARConfig:
-    """Sizes of the autoregressive prior (table 3: the latent decoder; what became of the text encoder, says ARPrior)."""
+    """Sizes of the autoregressive prior (table 3: latent decoder; what became of the text encoder, says ARPrior)."""
     embed_dim: int = 1024
     clip_text_width: int = 1024
     components: int = 319          # codes a z_i; training finds their number from the embeddings
@@ -323,7 +323,7 @@ def quantile_buckets(values, buckets):
     each dimension, and before anything is known all are equally likely. Equally wide ones leave most of 1024 to the tails.
     """
     values = values.sort().values
-    where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)
+    where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)  # median, edge, median, …
     low = where.floor().long().clamp(max=values.shape[-1] - 2)
     quantiles = torch.lerp(values[..., low], values[..., low + 1], (where - low).to(values.dtype))
     return quantiles[..., 1::2].contiguous(), quantiles[..., ::2].contiguous()
@@ -388,7 +388,7 @@ class ARPrior(nn.Module):
     def encode(self, z_i):
         """The codes (B, K) of z_i (B, d): the bucket of each component."""
         with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 has too few digits for 1024 buckets
-            values = (z_i - self.mean) @ self.components.T
+            values = (z_i - self.mean) @ self.components.T  # (B, K)
         return torch.searchsorted(self.edges, values.T.contiguous()).T
 
     def decode(self, codes):

@@ -207,8 +207,8 @@ def main():
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
     parser.add_argument("--decoder-guidance", type=float, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, help="default 50, for a laptop (the paper: 250)")
-    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, as in "
-                        "the paper)")
+    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
+                        "as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
                         help="default 27 15, as in the paper")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")

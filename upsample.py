@@ -195,7 +195,7 @@ class Upsampler(nn.Module):
         """x_t (B, 3, H, W), t (B,), low (B, 3, h, h); H a multiple of patch_size · 2^(levels − 1)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge, antialias=c.enlarge == "bicubic")
+        condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge, antialias=c.enlarge == "bicubic")  # (B, 3, H, W)
         h = self.conv_in(F.pixel_unshuffle(torch.cat([x_t, condition], 1), c.patch_size))
         skips = [h]
         for block in self.down:
