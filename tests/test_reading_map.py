@@ -159,3 +159,22 @@ def test_the_prior_scales_by_17_2_at_1024_and_to_one_deviation_elsewhere():
     for d in (128, 768, 1024):
         z = torch.nn.functional.normalize(torch.randn(4000, d), dim=1) * prior.scale(d)
         assert float(z.std()) == pytest.approx(17.2 / math.sqrt(1024), rel=0.01)
+
+
+@pytest.mark.parametrize("stage, order", [
+    ("clip_embed", "Tokenizer CLIP contrastive_loss encode_captions preprocess load_clip main"),
+    ("prior", "q_sample DiffusionPrior prior_loss sample pca ARPrior ar_loss ar_sample main"),
+    ("decoder", "q_sample Decoder decoder_loss guided sample invert main"),
+    ("upsample", "q_sample Upsampler bsr_degrade training_crops upsampler_loss sample main"),
+    ("sample", "generate load_stack save_png main"),
+    ("train", "random_scene Batches Recipe train main"),
+    ("manipulate", "invert decode variations interpolate text_diff pca_reconstruct main"),
+])
+def test_a_stage_file_opens_with_its_story_in_a_screen_and_keeps_to_its_order(stage, order):
+    tree = ast.parse((ROOT / f"{stage}.py").read_text(encoding="utf-8"))
+    story = ast.get_docstring(tree)
+    assert len(story.splitlines()) <= 35 and all(f"\n{word}" in story for word in ("In:  ", "Out: ")) and f"python {stage}.py" in story
+    assert re.search(r"§\d|fig\. \d|appendix C", story.splitlines()[0])
+    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    places = [names.index(name) for name in order.split()]
+    assert places == sorted(places)
