@@ -49,7 +49,7 @@ class DecoderConfig:
     prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
     top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
     guidance: float = 2.0                 # of sampling (Karlo: 8)
-    steps: int = 50                       # of sampling (Karlo: 25)
+    steps: int = 50                       # of sampling (the paper: 250; Karlo: 25)
     float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
     embed_dim: int = 1024                 # d of z_i and z_t
     unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)

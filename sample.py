@@ -7,9 +7,9 @@ In:   captions, as arguments or one a line in a file
 Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its text chunks;
       their paths on stdout, one a line, and all else on stderr
 
-Each stage's own `sample` is called with its own options. Where the paper is silent, ours: guidance of the decoder is 2 and its
-steps are 50 unless asked otherwise (the paper: 250), for a laptop's sake; and picture k of a run draws its noise from
-generators of its own, seeded by seed + k and the stage: it is the same picture alone or in a batch.
+Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
+50 steps (the paper: 250), for a laptop's sake, and guidance 2. Ours, where the paper is silent: picture k of a run draws its
+noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch.
 
 Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
