@@ -3,11 +3,21 @@
 In:   captions (list of str), pictures (Pillow images, or tensors (B, 3, H, W) in [-1, 1])
 Out:  tokens (B, 77), the text tower's states (B, 77, text_width), z_t (B, d) and z_i (B, d), unit-norm
 
-unCLIP inverts the image encoder: z_i is what the prior predicts from a caption and what the decoder
-paints from. The two towers are trained so that a picture and its own caption point the same way, and
-stay frozen afterwards. Read the file from top to bottom: byte-level BPE, the two transformers under
-the names that OpenAI's code gave them (so that published weights fit), the contrastive loss, the
-pictures' way in, checkpoints, and the CLIPs that others published.
+    caption ─► tokens ─► causal transformer ─► states ─► the one at the end token, projected ─► z_t
+    picture ─► patches after a class token ─► transformer ─► the class token's, projected ─► z_i
+
+unCLIP inverts the image tower: z_i is what the prior predicts from a caption and what the decoder paints from.
+Both towers stay frozen while those train. The objective (contrastive_loss): among the B pictures of a batch each
+caption has to find its own, and among the captions each picture, by a cross-entropy over the rows and the columns
+of the B × B cosines, divided by a learned temperature. There is nothing to sample: embeddings are computed.
+
+Where the papers are silent, ours: the cosines are scaled in float32; the image tower's positions start from sines and
+cosines, and in the toy convolutions help its patches see; batches hold near misses and no caption twice (train.py);
+AdamW trains it, without the paper's SAM.
+
+Read the file from top to bottom: byte-level BPE, the two towers under the names that OpenAI's code gave them (so that
+published weights fit), the contrastive loss, the pictures' way in; then what every script needs, devices and errors
+in one line, checkpoints, and the CLIPs that others published.
 
     python clip_embed.py picture.png "a red circle" "a blue star"
     python clip_embed.py --clip ViT-B-32.pt pictures/*.jpg "a photo of a dog" "a photo of a cat"
@@ -20,7 +30,6 @@ import hashlib
 import html
 import json
 import math
-import mmap
 import pickle
 import re
 import sys
@@ -28,7 +37,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,38 +50,6 @@ from PIL import Image, ImageOps
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel statistics, for pixels in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-class UserError(Exception):
-    """Something the user can mend: scripts print it as one line and exit with status 2."""
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Turn a UserError, and what a disk refuses, into one line on stderr and exit status 2, Ctrl-C into status 130."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def pick_device(name):
-    """The torch device called `name`; "auto" takes cuda, else mps, else cpu. Raises UserError."""
-    have = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name == "auto":
-        name = next(kind for kind in have if have[kind]())
-    if name.split(":")[0] not in have or not have[name.split(":")[0]]():
-        raise UserError(f"--device {name}: not available here (use auto, or one of "
-                        f"{', '.join(kind for kind in have if have[kind]())})")
-    try:
-        torch.empty(0, device=name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------- captions into tokens
@@ -118,7 +95,7 @@ def merge_pair(symbols, pair):
 
 
 def learn_bpe(captions, most=1000):
-    """Learn up to `most` merges from captions: join the commonest pair, again and again (Sennrich et al. 2016)."""
+    """Learn up to `most` merges from captions: join the commonest pair, again and again (§2; Sennrich et al. 2016)."""
     words = Counter(to_symbols(w) for caption in captions for w in split_words(clean(caption)))
     merges = []
     while len(merges) < most:
@@ -135,7 +112,7 @@ def learn_bpe(captions, most=1000):
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE: any text in, (B, context_length) token numbers out.
+    """CLIP's byte-level BPE: any text in, (B, context_length) token numbers out (§2; the CLIP paper §2.4).
 
     The vocabulary is the 256 bytes, the 256 bytes that end a word, one entry a merge, start and end:
     what CLIP's `bpe_simple_vocab` and `vocab.json` hold, in their order. No text is outside it. `pad` is the token
@@ -239,7 +216,7 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        B, L, C = x.shape
+        B, L, C = x.shape  # C = width
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hs)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -247,33 +224,35 @@ class MultiheadAttention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block: x + attention, then x + MLP."""
+    """Pre-norm transformer block: x + attention, then x + MLP; `causal` hides every later position."""
 
-    def __init__(self, width, heads, hidden_act):
+    def __init__(self, width, heads, hidden_act, causal):
         super().__init__()
+        self.causal = causal
         self.attn = MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
         self.act = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}[hidden_act]
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x), self.causal)
         return x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `causal` hides every later position."""
+    """A stack of blocks, with CLIP's own initial scales: (B, L, width) → (B, L, width)."""
 
     def __init__(self, width, layers, heads, hidden_act, causal):
         super().__init__()
-        self.causal = causal
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, hidden_act) for _ in range(layers))
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, hidden_act, causal) for _ in range(layers)))
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp["c_proj"].weight, std=(width * 2 * layers) ** -0.5)
 
     def forward(self, x):
-        for block in self.resblocks:
-            x = block(x, self.causal)
-        return x
+        return self.resblocks(x)
 
 
 def positions(side, width):
@@ -295,7 +274,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def conv_stem(width, patch_size):
-    """Pictures (B, 3, H, W) → (B, width, H/patch_size, W/patch_size) by two 3×3 convolutions a halving (Xiao et al. 2021).
+    """Pictures (B, 3, H, W) → (B, width, H/patch_size, W/patch_size) by two 3×3 convolutions a halving (§2; Xiao et al. 2021).
 
     What it adds to a patch tells a circle from a star after 1,500 training steps of the toy; without it that takes 10,000.
     """
@@ -325,9 +304,11 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
 
     def forward(self, pixels):
+        """pixels (B, 3, image_size, image_size), CLIP-normalized → (B, d), of any length."""
         x = self.conv1(pixels) + (self.stem(pixels) if self.stem else 0)
         x = x.flatten(2).transpose(1, 2)  # (B, patches, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1)
+        x = x + self.positional_embedding  # (B, 1 + patches, width)
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -346,12 +327,6 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for tower in filter(None, (self.visual and self.visual.transformer, self.transformer)):  # CLIP's own initial scales
-            for block in tower.resblocks:
-                w, deep = block.ln_1.weight.shape[0], (2 * len(tower.resblocks)) ** -0.5
-                nn.init.normal_(block.attn.out_proj.weight, std=w ** -0.5 * deep)
-                nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * w) ** -0.5)
-                nn.init.normal_(block.mlp["c_proj"].weight, std=w ** -0.5 * deep)
 
     def encode_image(self, pixels):
         """z_i (B, d), unit-norm, of CLIP-normalized pixels (B, 3, image_size, image_size)."""
@@ -365,7 +340,7 @@ class CLIP(nn.Module):
         z_t is read at the end token: the first of the largest id, since `end` is the vocabulary's last. The
         tower is causal, so the columns after every caption's end may be cut off without changing anything.
         """
-        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
+        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]  # (B, L, text_width)
         states = self.ln_final(self.transformer(x))
         end = ids.argmax(1)
         z_t = states[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
@@ -383,7 +358,7 @@ def contrastive_loss(z_i, z_t, logit_scale):
     inverse temperature, held at or under log 100 as in the CLIP paper.
     """
     with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would round logits near 100 to halves: near misses drown
-        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T
+        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T  # (B, B)
     target = torch.arange(len(z_i), device=z_i.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -432,10 +407,45 @@ def preprocess_tensor(images, size):
     return ((images + 1) / 2 - mean) / std
 
 
-def preprocess(picture, size):
-    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (3, size, size)."""
+def to_square(picture, size):
+    """The middle square of a Pillow picture, its side brought to `size` by bicubic: (1, 3, size, size) in [-1, 1]."""
     picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return preprocess_tensor(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1, size)[0]
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def preprocess(picture, size):
+    """CLIP's way in for a Pillow picture: shorter side to `size` by bicubic, centre crop, normalize. (1, 3, size, size)."""
+    return preprocess_tensor(to_square(picture, size), size)
+
+
+# ----------------------------------------------------------------------------- scripts: errors in one line, devices
+
+class UserError(Exception):
+    """Something the user can mend: scripts print it as one line and exit with status 2."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a UserError, and what a disk refuses, into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name):
+    """The torch device called `name`; "auto" takes cuda, else mps, else cpu. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()  # torch itself knows best what there is
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -477,10 +487,10 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     its config lacks takes its default: the file may be older than the field. `layout` gives the network's state_dict the
     names and orientations that the file has, as views (hugging_face, for one).
     """
-    known = sorted(f.name for f in fields(config_class))
-    config = {f.name: f.default for f in fields(config_class) if f.default is not MISSING} | checkpoint["config"]
-    if sorted(config) != known:
-        raise UserError(f"{path}: its config has the fields {sorted(config)}, expected {known}")
+    default = vars(config_class())
+    config = default | checkpoint["config"]
+    if config.keys() != default.keys():
+        raise UserError(f"{path}: its config has the fields {[*config]}, expected {[*default]}")
     for field, value in config.items():
         most = len(checkpoint["model"]) if "layers" in field or field == "depth" else 1 << 20  # no more layers than tensors
         if any(isinstance(n, int) and not 0 <= n <= most for n in (value if isinstance(value, tuple) else (value,))):
@@ -540,12 +550,12 @@ def read_safetensors(path):
     The format: the header's length (8 bytes, little-endian); the header, JSON, {name: {"dtype", "shape", "data_offsets"}};
     the tensors' bytes, one after another without gap or overlap.
     """
-    with reading(path, "a .safetensors file", ".safetensors file"), open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = end = 8 + int.from_bytes(memory[:8], "little")
+    with reading(path, "a .safetensors file", ".safetensors file"):
+        memory = np.memmap(path, mode="c")  # c: what is written to the tensors stays in memory
+        start = end = 8 + int.from_bytes(memory[:8].tobytes(), "little")
         if start > len(memory):
             raise UserError(f"{path}: says that its header ends at byte {start}, but has {len(memory)}: damaged or truncated")
-        header, tensors = json.loads(memory[8:start]), {}
+        header, tensors = json.loads(memory[8:start].tobytes()), {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], [start + n for n in entry["data_offsets"]]
@@ -575,8 +585,8 @@ def read_archive(path):
     makes tensors of those bytes; a TorchScript module becomes Inert.
     """
     expected = "the clip checkpoint that `python train.py clip` writes, OpenAI's .pt or a Hugging Face folder"
-    with reading(path, expected), open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with reading(path, expected), zipfile.ZipFile(path) as archive:
+        memory = np.memmap(path, mode="c")
         stored = {member.filename.partition("/")[2]: member for member in archive.infolist() if not member.compress_type}
 
         class Restricted(pickle.Unpickler):
@@ -733,7 +743,7 @@ def main():
         clip.to(device)
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:
-            z_i = clip.encode_image(preprocess(open_picture(path), clip.config.image_size)[None].to(device))
+            z_i = clip.encode_image(preprocess(open_picture(path), clip.config.image_size).to(device))
             cosine = (z_i @ z_t.T)[0]
             share = (clip.logit_scale.exp() * cosine).softmax(0)
             print(path, "  cosine  softmax", sep="\n")

@@ -1,20 +1,22 @@
 """The decoder: a 64×64 picture from a CLIP image embedding and, optionally, its caption (§2.1).
 
-In:   z_i (B, d) unit-norm, or zeros for none; a caption as CLIP read it, {"tokens", "states", "z_t", "mask"}
+In:   z_i (B, d) unit-norm, or zeros for none; a caption as CLIP read it, {"tokens" (B, L), "states" (B, L, text_width),
+      "z_t" (B, d), "mask" (B, L)}
 Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM inversion finds
 
-A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also looks at a context,
-here the caption's states and four tokens made from z_i; z_i is added to the timestep embedding too. It
-predicts the noise ε and, with a second set of channels, the variance of each step (Improved DDPM). The loss is
-L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and the caption 50% of the time, so that
-sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)). The sampler takes every n-th of the 1000 steps,
-ancestral with the learned variance (the paper's), or DDIM with any η; DDIM run backwards gives x_T, and the
-pair (z_i, x_T) is the picture's whole code (§3).
+A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also looks at a context, here the
+caption's states and four tokens made from z_i; z_i is added to the timestep embedding too. It predicts the noise ε and, with
+a second set of channels, the variance of each step (Improved DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb.
+In training z_i is dropped 10% of the time and the caption 50% of the time, so that sampling can be guided:
+ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
-Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead), so that what lies
-beyond the longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates
-are of order 1; `patch_size` folds pixels into channels, which a laptop's CPU thanks us for (1 in the paper); the `shapes`
-preset's network puts out a velocity, from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_step).
+The sampler takes every n-th of the 1000 steps, ancestral with the learned variance (the paper's), or DDIM with any η; DDIM
+run backwards gives x_T, and the pair (z_i, x_T) is the picture's whole code (§3).
+
+Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead), so that what lies beyond the
+longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates are of order 1; `patch_size` folds
+pixels into channels, which a laptop's CPU thanks us for (1 in the paper); the `shapes` preset's network puts out a velocity,
+from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_step); inversion starts with a little noise (invert).
 
     python decoder.py picture.png            # picture → z_i and x_T → picture again, and three variations
 """
@@ -22,7 +24,7 @@ preset's network puts out a velocity, from which ε follows (eps_from_velocity);
 import argparse
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 @dataclass
 class DecoderConfig:
-    """Sizes (table 3, column 64)."""
+    """Sizes of the network, and how it is sampled (table 3, column 64; §2.1)."""
     image_size: int = 64
     patch_size: int = 1
     channels: int = 512
@@ -47,7 +49,7 @@ class DecoderConfig:
     prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
     top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
     guidance: float = 2.0                 # of sampling (Karlo: 8)
-    steps: int = 50                       # of sampling (Karlo: 25)
+    steps: int = 50                       # of sampling (the paper: 250; Karlo: 25)
     float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
     embed_dim: int = 1024                 # d of z_i and z_t
     unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)
@@ -66,7 +68,7 @@ PRESETS = {
                             text_heads=2, text_context=77),
     "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
-    "paper": DecoderConfig(),
+    "paper": DecoderConfig(steps=250),
 }
 
 
@@ -74,7 +76,7 @@ PRESETS = {
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (Improved DDPM eq. 17; β clipped at 0.999)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17; β clipped at 0.999)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -107,31 +109,9 @@ def posterior(alpha_t, alpha_s):
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
-def ladder(steps, top):
-    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced. Raises ValueError."""
-    if not 1 <= steps <= top + 1:
-        raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
-
-
-def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep that still holds the share `signal` of x_0: the largest t with √ᾱ_t ≥ signal. (Ours.)
-
-    Samplers of ε-predictors start here, not at T − 1: there √ᾱ is 5e-5 in the cosine schedule, and
-    x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0, which is a colour cast where x̂_0 is clamped and
-    a lost picture where it is inverted. What the starting noise lacks of the signal is small beside the noise.
-    """
-    return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
-
-
-def inversion_ladder(steps, noise=0.04):
-    """The timesteps that invert climbs and that sample, given x_T, descends. Raises ValueError.
-
-    From the smallest t with √(1−ᾱ_t) ≥ noise, five of 255 shades (ours; why, says invert), to top_step.
-    """
-    alphas_cumprod = cosine_schedule()
-    bottom = int(((1 - alphas_cumprod).sqrt() >= noise).nonzero().min())
-    return [bottom + t for t in ladder(steps, top_step(alphas_cumprod) - bottom)]
+def learned_log_variance(v, beta, beta_tilde):
+    """log Σ = v log β + (1 − v) log β̃ (§2.1; Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
+    return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
 
 
 def eps_from_velocity(x_t, velocity, alpha_t):
@@ -141,45 +121,6 @@ def eps_from_velocity(x_t, velocity, alpha_t):
     √(1−ᾱ)/√ᾱ in x̂_0, one in the velocity only by √(1−ᾱ). The `shapes` presets, trained for minutes, predict this instead.
     """
     return alpha_t.sqrt() * velocity + (1 - alpha_t).sqrt() * x_t
-
-
-def learned_log_variance(v, beta, beta_tilde):
-    """log Σ = v log β + (1 − v) log β̃ (Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
-    return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
-
-
-def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats, elementwise."""
-    return 0.5 * (log_variance_2 - log_variance_1 - 1 + torch.exp(log_variance_1 - log_variance_2)
-                  + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
-
-
-def discretized_log_likelihood(x, mean, log_variance):
-    """log-probability of an 8-bit pixel x in [-1, 1] under a Gaussian cut into 256 bins (DDPM eq. 13), elementwise."""
-    scale = torch.exp(-0.5 * log_variance)
-    upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
-    inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    ends = torch.where(x > 0.999, torch.special.ndtr(-lower), torch.special.ndtr(upper))
-    return torch.log(torch.where(x.abs() > 0.999, ends, inner).clamp(min=1e-12))
-
-
-def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
-    """The t-th term of the variational bound in bits per dimension, (B,): a KL, or at t = 0 the likelihood (DDPM eq. 5).
-
-    eps and v are the network's; x̂_0 is clamped as it will be in sampling. At t = 0, where β̃ is 0, the next smallest β̃
-    takes its place, as in Improved DDPM's code.
-    """
-    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
-    beta, beta_tilde = 1 - alphas_cumprod / before, beta_tilde.clamp(min=float(beta_tilde[1]))
-    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (
-        at(c, t, x_0) for c in (from_x_0, from_x_t, beta, beta_tilde, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
-    log_variance = learned_log_variance(v, beta, beta_tilde)
-    estimate = ((x_t - noise * eps) / signal).clamp(-1, 1)
-    true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
-    kl = normal_kl(true_mean, torch.log(beta_tilde), mean, log_variance)
-    nll = -discretized_log_likelihood(x_0, mean, log_variance)
-    return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
 
 # ----------------------------------------------------------------------------- the U-Net (ADM, guided-diffusion)
@@ -199,8 +140,8 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block; the embedding scales and shifts the second norm, or, without scale_shift, is added before it;
-    `resample` halves or doubles the side."""
+    """ADM's residual block (§2.1); the embedding scales and shifts the second norm, or, without scale_shift, is added before
+    it; `resample` halves or doubles the side."""
 
     def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift, resample=None):
         super().__init__()
@@ -214,6 +155,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
+        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H, W), H and W halved or doubled by `resample`."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
         if emb.shape[1] == h.shape[1]:
@@ -225,7 +167,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the picture's positions, with the context's keys and values before the picture's (GLIDE)."""
+    """Self-attention over the picture's positions, with the context's keys and values before the picture's (§2.1; GLIDE)."""
 
     def __init__(self, channels, head_channels, context_width, groups):
         super().__init__()
@@ -249,7 +191,7 @@ class AttentionBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The caption's own transformer (GLIDE): bidirectional over tokens, padding masked (ours)."""
+    """The caption's own transformer (§2.1; GLIDE): bidirectional over tokens, padding masked (ours)."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,6 +203,7 @@ class TextTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.text_width)
 
     def forward(self, tokens, mask):
+        """tokens (B, L), mask (B, L) True on real ones → states (B, L, text_width)."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
@@ -268,7 +211,8 @@ class TextTransformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The U-Net: (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v is 0 for the variance β̃ and 1 for β, unconstrained."""
+    """The U-Net, z_i injected twice (§2.1): (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v is 0 for the variance β̃ and 1
+    for β, unconstrained."""
 
     def __init__(self, config):
         super().__init__()
@@ -286,34 +230,29 @@ class Decoder(nn.Module):
             self.text = nn.Sequential(nn.Linear(c.clip_text_width, c.text_width), nn.LayerNorm(c.text_width))
             self.text_to_emb = nn.Linear(c.embed_dim, emb)
 
-        def res(channels, out_channels, resample=None):
-            return ResBlock(channels, out_channels, emb, c.norm_groups, c.dropout, c.scale_shift, resample)
-
-        def level(channels, out_channels, side):
-            return nn.ModuleList([res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
-
-        def attend(channels):
-            return AttentionBlock(channels, c.head_channels, c.text_width, c.norm_groups)
-
-        side, width = c.image_size // c.patch_size, c.channels * c.multiples[0]
-        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, width, 3, padding=1)
-        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout, scale_shift=c.scale_shift)
+        attend = partial(AttentionBlock, head_channels=c.head_channels, context_width=c.text_width, groups=c.norm_groups)
+        level = lambda channels, out_channels, side: nn.ModuleList(
+            [res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
+        side, widths = c.image_size // c.patch_size, [c.channels * c.multiples[0]]  # widths: of each skip connection
+        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
-                self.down.append(level(width, multiple * c.channels, side))
-                width = multiple * c.channels
-                widths.append(width)
+                self.down.append(level(widths[-1], multiple * c.channels, side))
+                widths.append(multiple * c.channels)
             if k < len(c.multiples) - 1:
-                self.down.append(nn.ModuleList([res(width, width, "down")]))
-                widths.append(width)
+                self.down.append(nn.ModuleList([res(widths[-1], widths[-1], resample="down")]))
+                widths.append(widths[-1])
                 side //= 2
+        width = widths[-1]
         self.middle = nn.ModuleList([res(width, width), attend(width), res(width, width)])
         for k, multiple in reversed(list(enumerate(c.multiples))):
-            for n in range(c.depth + 1):
+            for _ in range(c.depth + 1):
                 self.up.append(level(width + widths.pop(), multiple * c.channels, side))
                 width = multiple * c.channels
             if k:
-                self.up[-1].append(res(width, width, "up"))
+                self.up[-1].append(res(width, width, resample="up"))
                 side *= 2
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 6 * c.patch_size ** 2, 3, padding=1))
@@ -331,7 +270,7 @@ class Decoder(nn.Module):
         else:
             states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
         emb = emb + self.z_i_to_emb(z_i) + self.text_to_emb(caption)
-        context = torch.cat([self.z_i_to_context(z_i).unflatten(1, (c.z_i_tokens, -1)), states], 1)
+        context = torch.cat([self.z_i_to_context(z_i).unflatten(1, (c.z_i_tokens, -1)), states], 1)  # (B, 4 + L, text_width)
         mask = F.pad(mask, (c.z_i_tokens, 0), value=True)
 
         def run(blocks, h):
@@ -342,7 +281,7 @@ class Decoder(nn.Module):
                     h = block(h, emb)
             return h
 
-        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))
+        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))  # (B, channels, H / patch_size, W / patch_size)
         skips = [h]
         for blocks in self.down:
             h = run(blocks, h)
@@ -359,8 +298,42 @@ class Decoder(nn.Module):
 
 # ----------------------------------------------------------------------------- training
 
+def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
+    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats, elementwise."""
+    return 0.5 * (log_variance_2 - log_variance_1 - 1 + torch.exp(log_variance_1 - log_variance_2)
+                  + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
+
+
+def discretized_log_likelihood(x, mean, log_variance):
+    """log-probability of an 8-bit pixel x in [-1, 1] under a Gaussian cut into 256 bins (DDPM eq. 13), elementwise."""
+    scale = torch.exp(-0.5 * log_variance)
+    upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
+    inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
+    ends = torch.where(x > 0.999, torch.special.ndtr(-lower), torch.special.ndtr(upper))
+    return torch.log(torch.where(x.abs() > 0.999, ends, inner).clamp(min=1e-12))
+
+
+def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
+    """The t-th term of the bound L_vlb in bits per dimension, (B,): a KL, or at t = 0 the likelihood (§2.1; DDPM eq. 5).
+
+    eps and v are the network's; x̂_0 is clamped as it will be in sampling. At t = 0, where β̃ is 0, the next smallest β̃
+    takes its place, as in Improved DDPM's code.
+    """
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
+    beta, beta_tilde = 1 - alphas_cumprod / before, beta_tilde.clamp(min=float(beta_tilde[1]))
+    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (
+        at(c, t, x_0) for c in (from_x_0, from_x_t, beta, beta_tilde, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
+    log_variance = learned_log_variance(v, beta, beta_tilde)
+    estimate = ((x_t - noise * eps) / signal).clamp(-1, 1)
+    true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
+    kl = normal_kl(true_mean, torch.log(beta_tilde), mean, log_variance)
+    nll = -discretized_log_likelihood(x_0, mean, log_variance)
+    return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
+
+
 def drop_text(text, null, drop):
-    """Put the null caption (one row) in the place of those where drop (B,) is True."""
+    """Put the null caption (one row) in the place of those where drop (B,) is True (§2.1, §2.2)."""
     return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
 
 
@@ -385,25 +358,46 @@ def decoder_loss(model, x_0, z_i, text, null, drop_z_i=0.1, drop_caption=0.5):
 
 # ----------------------------------------------------------------------------- sampling
 
+def ladder(steps, top):
+    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced (§2.1, §2.2; Improved
+    DDPM §4). Raises ValueError."""
+    if not 1 <= steps <= top + 1:
+        raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
+    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+
+
+def top_step(alphas_cumprod, signal=0.015):
+    """The highest timestep that still holds the share `signal` of x_0: the largest t with √ᾱ_t ≥ signal (§2.1; ours).
+
+    Samplers of ε-predictors start here, not at T − 1: there √ᾱ is 5e-5 in the cosine schedule, and
+    x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0, which is a colour cast where x̂_0 is clamped and
+    a lost picture where it is inverted. What the starting noise lacks of the signal is small beside the noise.
+    """
+    return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
+
+
 def randn(generators, shape, device):
     """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
 def guided(model, x_t, t, z_i, text, null, guidance_scale):
-    """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5). w = 1 is none."""
+    """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5). w = 1 is none.
+
+    What growing w does to the pictures is the subject of §5.3, figs. 9–11. t is an integer; null: the empty caption, one row.
+    """
     t = torch.full((len(x_t),), t, device=x_t.device)
     if guidance_scale == 1:
         return model(x_t, t, z_i, text)
     both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
-    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)
+    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)  # (2B, 3, H, W) each
     given, free = eps.chunk(2)
     return free + guidance_scale * (given - free), v[:len(x_t)]
 
 
 @torch.no_grad()
 def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, eta=None, x_T=None, clamp=True, bar=False):
-    """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1).
+    """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
     generators: one torch.Generator a picture; guidance and steps are the config's where None. eta None is ancestral sampling
     with the learned variance (the paper: 250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T:
@@ -425,7 +419,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
         if not n:
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # 1; in float32, 0.99947
         if eta is None:
-            from_x_0, from_x_t, beta_tilde = (float(c) for c in posterior(alpha_t, alpha_s))
+            from_x_0, from_x_t, beta_tilde = (float(factor) for factor in posterior(alpha_t, alpha_s))
             log_variance = learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde))
             deviation = torch.exp(0.5 * log_variance)
             x = from_x_0 * x_0 + from_x_t * x
@@ -434,6 +428,18 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
             x = float(alpha_s.sqrt()) * x_0 + math.sqrt(1 - float(alpha_s) - deviation ** 2) * eps
         if eta != 0:
             x = x + deviation * randn(generators, x.shape, x.device)
+
+
+# ----------------------------------------------------------------------------- inversion
+
+def inversion_ladder(steps, noise=0.04):
+    """The timesteps that invert climbs and that sample, given x_T, descends. Raises ValueError.
+
+    From the smallest t with √(1−ᾱ_t) ≥ noise, five of 255 shades (ours; why, says invert), to top_step.
+    """
+    alphas_cumprod = cosine_schedule()
+    bottom = int(((1 - alphas_cumprod).sqrt() >= noise).nonzero().min())
+    return [bottom + t for t in ladder(steps, top_step(alphas_cumprod) - bottom)]
 
 
 @torch.no_grad()
@@ -468,13 +474,12 @@ def main():
     parser.add_argument("picture", help="any picture; it is cropped to a square")
     parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
     parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps each way, and of the fresh ones (more: closer; default 50)")
+    parser.add_argument("--steps", type=int, default=50, help="steps each way, and of the fresh ones; more: closer (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")
     args = parser.parse_args()
-    import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
     import clip_embed as ce
     with ce.one_line_errors():
         if not 2 <= args.steps <= 950 or not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
@@ -485,10 +490,8 @@ def main():
         (clip, tokenizer), checkpoint = ce.load_clip(clip_path), ce.read_checkpoint(path, "decoder")
         ce.check_clip(checkpoint, path, ce.fingerprint(clip), clip_path)
         model = ce.load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
-        small = ImageOps.fit(picture, (model.config.image_size,) * 2, Image.Resampling.BICUBIC)
-        x_0 = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
-        clip.to(device)
-        z_i = clip.encode_image(ce.preprocess(picture, clip.config.image_size)[None].to(device))
+        x_0 = ce.to_square(picture, model.config.image_size).to(device)
+        z_i = clip.to(device).encode_image(ce.preprocess(picture, clip.config.image_size).to(device))
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
         generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
         x_T = invert(model, x_0, z_i, text, generators[:1], args.steps, bar=True)

@@ -7,8 +7,12 @@ In:   pictures of any size or kind, or latent files, a (z_i, x_T) kept by --save
 Out:  in --out a labelled strip and its single frames, never over an old file; their paths on stdout, all else on stderr
 
 Variations draw fresh noise on the way from x_T (§3.1), interpolations turn one code into another (§3.2), text diffs push
-z_i along the difference of two captions (§3.3), reconstructions keep z_i's first principal components (§4). Decoding is
-unguided, unclamped, and repeats the inversion's caption and steps: only then are the two each other's inverse.
+z_i along the difference of two captions (§3.3), reconstructions keep z_i's first principal components (§4). Nothing is
+trained here, and the only sampler is the decoder's DDIM, with η = 0 but for variations.
+
+Where the paper is silent, ours: decoding is unguided, unclamped, and repeats the inversion's caption and steps, for only then
+are the two each other's inverse; slerp of x_T turns the directions and changes the norms evenly; the principal components
+are the autoregressive prior's, and what is left of z_i is normalized again.
 
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
     python manipulate.py interpolate a.png b.png --frames 9 --gif
@@ -24,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 import clip_embed
 import decoder
@@ -37,8 +41,7 @@ from sample import BATCH, SHIPPED, SIZES, generators, load_stack, save_png, to_p
 def load_picture(stack, path):
     """A picture file's middle square: (1, 3, S, S) in [-1, 1], S what CLIP or the decoder reads. Raises UserError."""
     side = max(stack["clip"].config.image_size, stack["decoder"].config.image_size)
-    picture = ImageOps.fit(clip_embed.open_picture(path), (side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return clip_embed.to_square(clip_embed.open_picture(path), side)
 
 
 def in_batches(stack, captions, run):
@@ -89,7 +92,7 @@ def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False):
 # ----------------------------------------------------------------------------- the manipulations
 
 def slerp(a, b, theta):
-    """Spherical interpolation from a (theta 0) to b (theta 1), row by row of (B, …): equal angles for equal steps (§3.2).
+    """Spherical interpolation from a (theta 0) to b (theta 1), row by row of (B, …): equal angles for equal steps (§3.2, fig. 4).
 
     The directions turn along the great circle and the norms change evenly, so unit vectors stay so, and noise stays as
     large as noise is. Parallel ones keep their direction; opposite ones have no great circle. Raises UserError.
@@ -108,9 +111,10 @@ def slerp(a, b, theta):
 
 
 def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, seed=0, bar=False):
-    """n pictures of each code and η, (B, len(etas), n, 3, 64, 64): z_i kept, the way from x_T left the more the larger η (§3.1).
+    """n pictures of each code and η: z_i kept, the way from x_T left the more, the larger η (§3.1, fig. 3).
 
-    z_i (B, d), x_T (B, 3, 64, 64), as invert gives them; η = 0 draws nothing and gives n times the picture back.
+    z_i (B, d), x_T (B, 3, 64, 64), as invert gives them → (B, len(etas), n, 3, 64, 64). η = 0 draws nothing and gives n times
+    the picture back.
     """
     z_i, x_T = z_i[:, None].expand(-1, n, -1), x_T[:, None].expand(-1, n, -1, -1, -1)
     return torch.stack([decode(stack, z_i, x_T, captions, eta, steps, seed, bar) if eta else
@@ -118,7 +122,7 @@ def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, se
 
 
 def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps=50, seed=0, bar=False):
-    """Pictures on the way from codes a to codes b, each (z_i, x_T): (B, rows, frames, 3, 64, 64) (§3.2).
+    """Pictures on the way from codes a to codes b, each (z_i, x_T): (B, rows, frames, 3, 64, 64) (§3.2, fig. 4).
 
     noise "slerp": x_T turns along with z_i, one row, whose ends are both reconstructions. "fixed": each row keeps noise
     of its own, the same for every pair, and only what is shown changes.
@@ -131,10 +135,10 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 @torch.no_grad()
 def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions="", steps=50, bar=False):
-    """Pictures moved from what caption `source` says to what `to` says, by θ from 0 to maximum: (B, frames, 3, 64, 64) (§3.3).
+    """Pictures moved from what caption `source` says to what `to` says, (B, frames, 3, 64, 64) (§3.3, fig. 5).
 
-    z_d = z_t − z_t0, normalized, and z_θ = slerp(z_i, z_d, θ); x_T stays. source None: z_d = z_t (the paper's footnote).
-    to, source: one for all or one each. Raises UserError, also where two captions say the same to CLIP.
+    z_d = z_t − z_t0, normalized, and z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays. source None: z_d = z_t (the
+    paper's footnote). to, source: one for all or one each. Raises UserError, also where two captions say the same to CLIP.
     """
     read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, len(z_i)))[0]["z_t"].cpu()
     z_d = read(to) if source is None else read(to) - read(source)
@@ -146,9 +150,10 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
 
 
 def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", steps=50, bar=False):
-    """Decodings of z_i's first k principal components, for each k of counts, from one x_T: (B, len(counts), 3, 64, 64) (fig. 7).
+    """Decodings of z_i's first k principal components, for each k of counts, from one x_T (§4, fig. 7).
 
-    mean (d,); components (K, d), orthonormal, a row each, largest variance first. The sum is normalized. Raises UserError.
+    z_i (B, d), x_T (B, 3, 64, 64), mean (d,), components (K, d), orthonormal, a row each, the largest variance first
+    → (B, len(counts), 3, 64, 64). The sum is normalized. Raises UserError.
     """
     if not all(0 <= k <= len(components) for k in counts):
         raise UserError(f"components {' '.join(map(str, counts))}: must be between 0 and {len(components)}")
@@ -287,7 +292,8 @@ def main():
             if values is not None and not all(low <= v <= high for v in (values if isinstance(values, list) else [values])):
                 raise UserError(f"--{name} {values}: must be between {low} and {high}")
         if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
-            raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the {len(args.pictures)} pictures")
+            raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the "
+                            f"{len(args.pictures)} pictures")
         kind = "ar" if args.command == "reconstruct" else "none"  # the autoregressive prior keeps z_i's components
         stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip, args.bpe)
         pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)

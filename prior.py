@@ -1,24 +1,28 @@
 """The two priors: a CLIP image embedding z_i from a caption (§2.2).
 
-In:   a caption as CLIP read it, {"tokens", "states", "z_t", "mask"}
+In:   a caption as CLIP read it, {"tokens" (B, L), "states" (B, L, text_width), "z_t" (B, d), "mask" (B, L)}
 Out:  z_i (B, d), unit-norm
 
 The diffusion prior is a diffusion model P(z_i|y) whose network is a decoder-only transformer with a causal mask:
 
     encoded text (L) | z_t | timestep | noised z_i | a learned token
 
-What comes out at the last position is the prediction of z_i itself, not of the noise: the loss is
+What comes out at the last position is the prediction of z_i itself, not of the noise: the objective (prior_loss) is
 E‖f(z_i^(t), t, y) − z_i‖². To sample: 64 of the 1000 steps, ancestral with the analytic variance, twice over; the
 candidate closer to z_t is kept. Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of
 deviation 1 at nearly every step: inside this file they are scaled to the paper's deviation, 0.54 (scale), outside never.
 
 The autoregressive prior writes z_i as a sequence: its principal components, the largest variance first, as many as keep
-99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other:
+99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other, by cross-entropy (ar_loss):
 
     z_t | bucket of z_i·z_t | code 1 | … | code K − 1      →      code 1, …, code K
 
 To sample, the second token is drawn from the top half of those seen in training: it asks for a z_i that fits the caption.
 Both priors drop the caption 10% of the time in training, so that sampling can be guided.
+
+Where the paper is silent, ours: padding is masked; the empty caption is the null condition; z_t enters times √d; errors for
+the analytic variance are measured at every ninth t; buckets are equally full; the autoregressive prior hears the caption
+through keys and values made from CLIP's states (why, says ARPrior), and guidance leaves its z_i·z_t token alone.
 
     python prior.py "a red circle"           # draws z_i for a caption from each prior and compares them
 """
@@ -57,31 +61,11 @@ PRESETS = {
 }
 
 
-@dataclass
-class ARConfig:
-    """Sizes of the autoregressive prior (table 3: those of its latent decoder; ARPrior says what became of the text encoder)."""
-    embed_dim: int = 1024
-    clip_text_width: int = 1024
-    components: int = 319          # codes a z_i; training finds their number from the embeddings
-    buckets: int = 1024            # values a code
-    width: int = 1664
-    layers: int = 24
-    heads: int = 26
-
-
-AR_PRESETS = {
-    "shapes": ARConfig(embed_dim=128, clip_text_width=128, components=80, width=256, layers=4, heads=4),
-    "laptop": ARConfig(embed_dim=512, clip_text_width=512, components=256, width=768, layers=12, heads=12),
-    "paper": ARConfig(),
-}
-PAPER_DEVIATION = 17.2 / 1024 ** 0.5  # of a coordinate of the scaled z_i (appendix C): 0.54, that of ImageNet's pixels in [−1, 1]
-
-
-# ----------------------------------------------------------------------------- Gaussian diffusion
+# ----------------------------------------------------------------------------- the diffusion prior: noise
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (Improved DDPM eq. 17; β clipped at 0.999)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17; β clipped at 0.999)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -109,14 +93,15 @@ def posterior(alpha_t, alpha_s):
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
-def ladder(steps, top):
-    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced. Raises ValueError."""
-    if not 1 <= steps <= top + 1:
-        raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+def scale(d):
+    """What unit embeddings are multiplied by for the diffusion: 17.2 at d = 1024, as wide elsewhere (§2.2, appendix C).
+
+    A coordinate then has the deviation 17.2 / √1024 = 0.54, that of ImageNet's pixels in [−1, 1].
+    """
+    return 17.2 * math.sqrt(d / 1024)
 
 
-# ----------------------------------------------------------------------------- the transformer
+# ----------------------------------------------------------------------------- its network
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -126,7 +111,7 @@ def timestep_embedding(t, dim):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, for both priors."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -179,7 +164,7 @@ class DiffusionPrior(nn.Module):
         tail = torch.stack([self.z_t_in(z_t), self.time_in(timestep_embedding(t, c.width)),
                             self.z_i_in(z_i_t), self.final_token.expand(len(t), -1)], 1)  # (B, 4, width)
         L = states.shape[1]
-        x = torch.cat([self.text_in(states), tail], 1)
+        x = torch.cat([self.text_in(states), tail], 1)  # (B, L + 4, width)
         x = x + torch.cat([self.positional_embedding[:L], self.positional_embedding[-4:]])
         causal = torch.ones(L + 4, L + 4, dtype=torch.bool, device=t.device).tril()
         mask = causal & F.pad(mask, (0, 4), value=True)[:, None, None]  # (B, 1, S, S): no later place, no padding
@@ -193,15 +178,122 @@ class DiffusionPrior(nn.Module):
         return self.out(self.ln_out(x[:, -1])).float()
 
 
-def scale(d):
-    """What unit embeddings are multiplied by for the diffusion: 17.2 at d = 1024, the same deviation elsewhere (appendix C)."""
-    return PAPER_DEVIATION * math.sqrt(d)
+# ----------------------------------------------------------------------------- its training
+
+def drop_text(text, null, drop):
+    """Put the null caption (one row) in the place of those where drop (B,) is True (§2.1, §2.2)."""
+    return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
 
 
-# ----------------------------------------------------------------------------- z_i as a sequence of codes
+def prior_loss(model, z_i, text, null, drop_caption=0.1):
+    """E‖f(z_i^(t), t, y) − z_i‖² per coordinate, the caption (its states and z_t) dropped 10% of the time (§2.2, eq. 2).
+
+    z_i (B, d) unit-norm, text of B captions, null of the empty caption.
+    """
+    alphas_cumprod, B = cosine_schedule(), len(z_i)
+    t = torch.randint(len(alphas_cumprod), (B,)).to(z_i.device)  # drawn on the CPU: the same numbers on every device
+    noise = torch.randn(z_i.shape).to(z_i.device)
+    drop = torch.rand(B).to(z_i.device) < drop_caption
+    z_0 = z_i * scale(z_i.shape[1])
+    return F.mse_loss(model(q_sample(z_0, t, noise, alphas_cumprod), t, drop_text(text, null, drop)), z_0)
+
+
+# ----------------------------------------------------------------------------- its sampler
+
+def ladder(steps, top):
+    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced (§2.1, §2.2; Improved
+    DDPM §4). Raises ValueError."""
+    if not 1 <= steps <= top + 1:
+        raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
+    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+
+
+@torch.no_grad()
+def estimate_errors(model, batches, points=112):
+    """E‖x_0 − x̂_0‖²/d at every t, (1000,), at the diffusion's scale: what the analytic variance needs (§2.2; Analytic-DPM).
+
+    batches: (z_i, text) of training embeddings and their captions, which are given and unguided. Measured at `points` of
+    the t (every ninth), with straight lines between.
+    """
+    alphas_cumprod, errors = cosine_schedule(), []
+    for z_i, text in batches:
+        z_0, cache = z_i * scale(z_i.shape[1]), []
+        for t in ladder(points, len(alphas_cumprod) - 1):
+            t = torch.full((len(z_0),), t, device=z_0.device)
+            z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
+            errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
+    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)  # (1, 1, points): over the batches
+    return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
+
+
+def randn(generators, shape, device):
+    """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
+
+
+def guided(f, x, text, null, guidance_scale):
+    """f(x, y) with classifier-free guidance: f(x, ∅) + w (f(x, y) − f(x, ∅)) (§2.2; GLIDE eq. 5). w = 1 is none."""
+    if guidance_scale == 1:
+        return f(x, text)
+    both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
+    given, free = f(x.repeat(2, 1), both).chunk(2)
+    return free + guidance_scale * (given - free)
+
+
+@torch.no_grad()
+def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, variance="analytic", bar=False):
+    """z_i (B, d), unit-norm, for B captions: of `candidates` each, the one with the largest dot product with z_t (§2.2, table 3).
+
+    generators: one torch.Generator a caption; guidance and steps are the config's where None. The network predicts z_i, so no
+    step divides by √ᾱ and the ladder may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place.
+    Its variance β̃ ("fixed-small") knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 −
+    x̂_0‖²/d, the best single number at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large
+    numbers near t = T).
+    """
+    c, (B, d) = model.config, text["z_t"].shape
+    text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
+    device, shape = text["z_t"].device, (B, candidates, d)
+    alphas_cumprod, cache = cosine_schedule(), []
+    rungs = ladder(steps or c.steps, len(alphas_cumprod) - 1)
+    z = randn(generators, shape, device).flatten(0, 1)
+    for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="prior", disable=not bar):
+        f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
+        z_0 = guided(f, z, text, null, c.guidance if guidance_scale is None else guidance_scale).clamp(-c.clamp, c.clamp)
+        if n:
+            factors = posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]])
+            from_z_0, from_z_t, beta_tilde = (float(factor) for factor in factors)
+            error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
+            deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
+            z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
+    end = float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))  # 0.99947: Karlo's library ends so, in float32
+    z_i = F.normalize(z_0, dim=-1) if c.unit_norm else end * z_0 * model.deviation + model.mean
+    best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
+    return z_i.view(shape)[torch.arange(B, device=device), best]
+
+
+# ----------------------------------------------------------------------------- the autoregressive prior: z_i as codes
+
+@dataclass
+class ARConfig:
+    """Sizes of the autoregressive prior (table 3: latent decoder; what became of the text encoder, says ARPrior)."""
+    embed_dim: int = 1024
+    clip_text_width: int = 1024
+    components: int = 319          # codes a z_i; training finds their number from the embeddings
+    buckets: int = 1024            # values a code
+    width: int = 1664
+    layers: int = 24
+    heads: int = 26
+
+
+AR_PRESETS = {
+    "shapes": ARConfig(embed_dim=128, clip_text_width=128, components=80, width=256, layers=4, heads=4),
+    "laptop": ARConfig(embed_dim=512, clip_text_width=512, components=256, width=768, layers=12, heads=12),
+    "paper": ARConfig(),
+}
+
 
 def pca(batches):
-    """Mean (d,), components (d, d), one a row, and variances (d,), the largest first, of embeddings (n, d) that come in batches.
+    """Mean (d,), components (d, d), one a row, and variances (d,), the largest first, of embeddings (n, d) in batches (§2.2).
 
     Float64, in one pass: mean and covariance are merged batch by batch (Chan et al. 1983), so that millions fit. Raises
     ValueError where an embedding is not finite, a coordinate constant, or the embeddings fewer than their dimensions.
@@ -225,13 +317,13 @@ def pca(batches):
 
 
 def quantile_buckets(values, buckets):
-    """Edges (…, buckets − 1) and centres (…, buckets), the medians, of buckets that hold equally many of values (…, n).
+    """Edges (…, buckets − 1) and centres (…, buckets), the medians, of buckets that hold equally many of values (…, n) (§2.2).
 
     Equally full buckets are fine where there is much to tell apart, and a bucket's number is a rank: it means the same in
     each dimension, and before anything is known all are equally likely. Equally wide ones leave most of 1024 to the tails.
     """
     values = values.sort().values
-    where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)
+    where = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets) * (values.shape[-1] - 1)  # median, edge, median, …
     low = where.floor().long().clamp(max=values.shape[-1] - 2)
     quantiles = torch.lerp(values[..., low], values[..., low + 1], (where - low).to(values.dtype))
     return quantiles[..., 1::2].contiguous(), quantiles[..., ::2].contiguous()
@@ -254,6 +346,8 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     codes = {"mean": mean, "components": components[kept], "edges": edges[kept], "centres": centres[kept]}
     return {k: v.float() for k, v in codes.items()}
 
+
+# ----------------------------------------------------------------------------- its network, training and sampler
 
 def cosines(buckets, width):
     """(buckets, width) cosines and sines of each bucket's rank, with half a wave to 64 waves from the first to the last."""
@@ -294,7 +388,7 @@ class ARPrior(nn.Module):
     def encode(self, z_i):
         """The codes (B, K) of z_i (B, d): the bucket of each component."""
         with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 has too few digits for 1024 buckets
-            values = (z_i - self.mean) @ self.components.T
+            values = (z_i - self.mean) @ self.components.T  # (B, K)
         return torch.searchsorted(self.edges, values.T.contiguous()).T
 
     def decode(self, codes):
@@ -326,44 +420,6 @@ class ARPrior(nn.Module):
         return (h @ self.buckets.T / math.sqrt(self.config.width)).float()
 
 
-# ----------------------------------------------------------------------------- training
-
-def drop_text(text, null, drop):
-    """Put the null caption (one row) in the place of those where drop (B,) is True."""
-    return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
-
-
-def prior_loss(model, z_i, text, null, drop_caption=0.1):
-    """E‖f(z_i^(t), t, y) − z_i‖² per coordinate, the caption (its states and z_t) dropped 10% of the time (§2.2, eq. 2).
-
-    z_i (B, d) unit-norm, text of B captions, null of the empty caption.
-    """
-    alphas_cumprod, B = cosine_schedule(), len(z_i)
-    t = torch.randint(len(alphas_cumprod), (B,)).to(z_i.device)  # drawn on the CPU: the same numbers on every device
-    noise = torch.randn(z_i.shape).to(z_i.device)
-    drop = torch.rand(B).to(z_i.device) < drop_caption
-    z_0 = z_i * scale(z_i.shape[1])
-    return F.mse_loss(model(q_sample(z_0, t, noise, alphas_cumprod), t, drop_text(text, null, drop)), z_0)
-
-
-@torch.no_grad()
-def estimate_errors(model, batches, points=112):
-    """E‖x_0 − x̂_0‖²/d at every t, (1000,), at the diffusion's scale: what the analytic variance needs (Analytic-DPM).
-
-    batches: (z_i, text) of training embeddings and their captions, which are given and unguided. Measured at `points` of
-    the t (every ninth), with straight lines between.
-    """
-    alphas_cumprod, errors = cosine_schedule(), []
-    for z_i, text in batches:
-        z_0, cache = z_i * scale(z_i.shape[1]), []
-        for t in ladder(points, len(alphas_cumprod) - 1):
-            t = torch.full((len(z_0),), t, device=z_0.device)
-            z_i_t = q_sample(z_0, t, torch.randn(z_0.shape).to(z_0.device), alphas_cumprod)
-            errors.append(F.mse_loss(model(z_i_t, t, text, cache), z_0))
-    mean = torch.stack(errors).view(-1, 1, points).mean(0, keepdim=True)
-    return F.interpolate(mean, len(alphas_cumprod), mode="linear", align_corners=True).flatten()
-
-
 def ar_loss(model, z_i, text, null, drop_caption=0.1):
     """Cross-entropy of each code given those before it, in nats, the caption (its states and z_t) dropped 10% of the time (§2.2).
 
@@ -374,52 +430,6 @@ def ar_loss(model, z_i, text, null, drop_caption=0.1):
     drop = torch.rand(len(z_i)).to(z_i.device) < drop_caption
     logits = model(torch.cat([dot, codes[:, :-1]], 1), drop_text(text, null, drop))
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-
-
-# ----------------------------------------------------------------------------- sampling
-
-def randn(generators, shape, device):
-    """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-
-
-def guided(f, x, text, null, guidance_scale):
-    """f(x, y) with classifier-free guidance: f(x, ∅) + w (f(x, y) − f(x, ∅)). w = 1 is none."""
-    if guidance_scale == 1:
-        return f(x, text)
-    both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
-    given, free = f(x.repeat(2, 1), both).chunk(2)
-    return free + guidance_scale * (given - free)
-
-
-@torch.no_grad()
-def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, variance="analytic", bar=False):
-    """z_i (B, d), unit-norm, for B captions: of `candidates` each, the one with the largest dot product with z_t (§2.2).
-
-    generators: one torch.Generator a caption; guidance and steps are the config's where None. The network predicts z_i, so no
-    step divides by √ᾱ and the ladder may start at the very top. Each step draws from q(x_s|x_t, x_0) with x̂_0 in x_0's place.
-    Its variance β̃ ("fixed-small") knows nothing of x̂_0's own error; "analytic" adds it: β̃ + (factor of x̂_0)² · E‖x_0 −
-    x̂_0‖²/d, the best single number at any stride (Analytic-DPM, in the form for an x_0-predictor: no difference of large
-    numbers near t = T).
-    """
-    c, (B, d) = model.config, text["z_t"].shape
-    text = {k: v.repeat_interleave(candidates, 0) for k, v in text.items()}
-    device, shape = text["z_t"].device, (B, candidates, d)
-    alphas_cumprod, cache = cosine_schedule(), []
-    rungs = ladder(steps or c.steps, len(alphas_cumprod) - 1)
-    z = randn(generators, shape, device).flatten(0, 1)
-    for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="prior", disable=not bar):
-        f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
-        z_0 = guided(f, z, text, null, c.guidance if guidance_scale is None else guidance_scale).clamp(-c.clamp, c.clamp)
-        if n:
-            from_z_0, from_z_t, beta_tilde = (float(c) for c in posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]]))
-            error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
-            deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
-            z = from_z_0 * z_0 + from_z_t * z + deviation * randn(generators, shape, device).flatten(0, 1)
-    end = float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))  # 0.99947: Karlo's library ends so, in float32
-    z_i = F.normalize(z_0, dim=-1) if c.unit_norm else end * z_0 * model.deviation + model.mean
-    best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
-    return z_i.view(shape)[torch.arange(B, device=device), best]
 
 
 @torch.no_grad()
@@ -445,9 +455,11 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
 
 
 def ar_sample(model, text, null, generators, guidance_scale=1.0, temperature=1.0, percentile=50.0, bar=False):
-    """z_i (B, d), unit-norm, for B captions from the autoregressive prior: draw_codes, decoded."""
+    """z_i (B, d), unit-norm, for B captions from the autoregressive prior: draw_codes, decoded (§2.2)."""
     return model.decode(draw_codes(model, text, null, generators, guidance_scale, temperature, percentile, bar))
 
+
+# ----------------------------------------------------------------------------- both, compared
 
 def main():
     """The script: what --help says."""

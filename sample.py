@@ -1,13 +1,17 @@
 """From captions to pictures: the whole chain (fig. 2, §5).
 
-    caption → CLIP's text tower → prior → z_i → decoder → 64×64 → upsampler → 256×256 → upsampler → 1024×1024
+    caption ─► clip_embed ─► states, z_t (B, d) ─► prior ─► z_i (B, d) ─► decoder ─► (B, 3, 64, 64) ─► upsample, twice
+    ─► (B, 3, 256, 256) ─► (B, 3, 1024, 1024)
 
 In:   captions, as arguments or one a line in a file
 Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its text chunks;
       their paths on stdout, one a line, and all else on stderr
 
-Picture k of a run draws its noise from generators of its own, seeded by seed + k and the stage: it is the same
-picture alone or in a batch.
+Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
+50 steps (the paper: 250), for a laptop's sake, and guidance 2. Ours, where the paper is silent: picture k of a run draws its
+noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch.
+
+Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
     python sample.py "a large red circle above a small blue star"
     python sample.py "a red circle" "a striped heart on pink" --n 8 --size 64 --grid
@@ -39,6 +43,59 @@ PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  #
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 LARGE = 1e9  # bytes of checkpoints
 
+
+# ----------------------------------------------------------------------------- the chain
+
+def generators(stage, seed, pictures):
+    """One torch.Generator for each picture number, seeded by seed + number and the stage."""
+    return [torch.Generator().manual_seed((seed + k) * len(STAGE_NUMBER) + STAGE_NUMBER[stage]) for k in pictures]
+
+
+@torch.no_grad()
+def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
+             decoder_guidance=None, decoder_steps=None, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
+    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional (§2, fig. 2).
+
+    prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
+    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. `seconds`, a
+    dictionary, gathers the time that each stage took.
+    """
+    seconds = {} if seconds is None else seconds
+    device = stack["clip"].logit_scale.device
+
+    def in_batches(stage, most, run, kind=None):
+        began, parts, network = time.perf_counter(), [], stack[kind or stage]
+        half = next(network.parameters()).dtype == torch.float16
+        for first in range(0, len(captions), most):
+            pictures = range(first, min(first + most, len(captions)))
+            with torch.autocast(device.type, torch.float16, enabled=half):
+                parts.append(run(network, pictures, generators(stage, seed, pictures)).float().cpu())
+        seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
+        return torch.cat(parts)
+
+    text, null = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)
+
+    def of(pictures):
+        return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
+
+    if prior_kind == "diffusion":
+        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
+            network, of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
+    elif prior_kind == "ar":
+        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
+            network, of(pictures), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
+    else:
+        z_i = text["z_t"] * (prior_kind == "text")
+    images = in_batches("decoder", BATCH[64], lambda network, pictures, noise: decoder.sample(
+        network, z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
+    for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
+        small = images
+        images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
+            network, small[list(pictures)].to(device), noise, steps, bar=bar))
+    return images
+
+
+# ----------------------------------------------------------------------------- its networks
 
 class Stages(dict):
     """{stage: network}; a network that is still a recipe (a partial) is made each time it is asked for, and kept by nobody."""
@@ -77,53 +134,19 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
 
 
-def generators(stage, seed, pictures):
-    """One torch.Generator for each picture number, seeded by seed + number and the stage."""
-    return [torch.Generator().manual_seed((seed + k) * len(STAGE_NUMBER) + STAGE_NUMBER[stage]) for k in pictures]
+# ----------------------------------------------------------------------------- captions in, pictures out
 
-
-@torch.no_grad()
-def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
-             decoder_guidance=None, decoder_steps=None, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
-    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional.
-
-    prior_kind (fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
-    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. `seconds`, a
-    dictionary, gathers the time that each stage took.
-    """
-    seconds = {} if seconds is None else seconds
-    device = stack["clip"].logit_scale.device
-
-    def in_batches(stage, most, run, kind=None):
-        began, parts, network = time.perf_counter(), [], stack[kind or stage]
-        half = next(network.parameters()).dtype == torch.float16
-        for first in range(0, len(captions), most):
-            pictures = range(first, min(first + most, len(captions)))
-            with torch.autocast(device.type, torch.float16, enabled=half):
-                parts.append(run(network, pictures, generators(stage, seed, pictures)).float().cpu())
-        seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
-        return torch.cat(parts)
-
-    text, null = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)
-
-    def of(pictures):
-        return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
-
-    if prior_kind == "diffusion":
-        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
-            network, of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
-    elif prior_kind == "ar":
-        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
-            network, of(pictures), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
-    else:
-        z_i = text["z_t"] * (prior_kind == "text")
-    images = in_batches("decoder", BATCH[64], lambda network, pictures, noise: decoder.sample(
-        network, z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
-    for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
-        small = images
-        images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
-            network, small[list(pictures)].to(device), noise, steps, bar=bar))
-    return images
+def gather_captions(arguments, file):
+    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
+    captions = list(arguments)
+    if file:
+        try:
+            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
+    if not captions:
+        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
+    return captions
 
 
 def to_picture(image):
@@ -163,19 +186,6 @@ def save_png(picture, folder, name, **chunks):
         raise UserError(f"{folder}: cannot write there ({error})") from None
 
 
-def gather_captions(arguments, file):
-    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
-    captions = list(arguments)
-    if file:
-        try:
-            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
-    if not captions:
-        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
-    return captions
-
-
 def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(
@@ -197,8 +207,8 @@ def main():
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
     parser.add_argument("--decoder-guidance", type=float, help="default 2 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, help="default 50, for a laptop (the paper: 250)")
-    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, as in "
-                        "the paper)")
+    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
+                        "as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
                         help="default 27 15, as in the paper")
     parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")

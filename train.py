@@ -1,5 +1,10 @@
 """Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
 
+What a stage minimizes stands in its own file. Here stand the data, the recipes and one loop for all: AdamW at table 3's
+settings, a running average of the weights (EMA) beside it, which is what is kept. Where the paper is silent, ours: the world
+of shapes, near misses in CLIP's batches, a learning rate that warms up and falls along half a cosine, an average that is
+quicker at first, priors that train on embeddings computed once.
+
 In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, decoder, upsample-256, upsample-1024
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
       NAME.csv and NAME-loss.png (the loss), NAME-samples.png (what the network makes at present)
@@ -153,7 +158,7 @@ def meaning(scene, said):
 
 
 def near_misses(scene, said, rng, n=3):
-    """n scenes that the same kind of caption tells from this one, and from one another, by one thing that it says.
+    """n scenes that the same kind of caption tells from this one, and from one another, by one thing it says (§7, fig. 14).
 
     What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
     "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
@@ -422,7 +427,7 @@ def learning_rate(step, recipe):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Move the averaged weights towards the model's; early on faster, or the first weights would linger."""
+    """Move the averaged weights towards the model's (table 3); early on faster (ours), or the first weights would linger."""
     decay = min(decay, (1 + step) / (10 + step))
     for slow, fast in zip(ema.parameters(), model.parameters()):
         slow.lerp_(fast, 1 - decay)

@@ -57,9 +57,9 @@ def test_a_caption_over_75_tokens_is_cut_with_a_warning(tokenizer, capsys):
 def test_both_ways_in_for_pictures_agree():
     picture = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    assert torch.allclose(clip_embed.preprocess(picture, 64)[None], clip_embed.preprocess_tensor(tensor, 64), atol=1e-5)
-    assert (clip_embed.preprocess(picture, 32)[None] - clip_embed.preprocess_tensor(tensor, 32)).abs().mean() < 0.02
-    grey = clip_embed.preprocess(Image.new("RGB", (100, 30), (128, 128, 128)), 8)
+    assert torch.allclose(clip_embed.preprocess(picture, 64), clip_embed.preprocess_tensor(tensor, 64), atol=1e-5)
+    assert (clip_embed.preprocess(picture, 32) - clip_embed.preprocess_tensor(tensor, 32)).abs().mean() < 0.02
+    grey = clip_embed.preprocess(Image.new("RGB", (100, 30), (128, 128, 128)), 8)[0]
     assert torch.allclose(grey[0], torch.tensor((128 / 255 - 0.48145466) / 0.26862954), atol=1e-6)
 
 
