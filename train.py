@@ -4,10 +4,9 @@ In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, deco
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
       NAME.csv and NAME-loss.png (the loss, in training and held out), NAME-samples.png (what the network makes at present)
 
-The world of shapes needs no download: row n of a run's step k draws its scene, its caption, its noise and its
-timestep from random numbers seeded by (--seed, k, n) alone. So `--resume` is exact: a run that was stopped
-goes on as if it never had been. And what a sample meets does not depend on how many processes share the batch
-(torchrun), nor on the pieces in which it goes through the network (Recipe.at_once).
+The world of shapes needs no download: row n of step k draws its scene, its caption, its noise and its timestep from
+random numbers seeded by (--seed, k, n) alone, so `--resume` is exact: a run that was stopped goes on as if it never had
+been. Nor do they depend on how many processes share a batch, or in how many pieces it goes through the network.
 
     python train.py all --preset shapes              # everything
     python train.py all --preset laptop --dry-run    # what that would take
@@ -260,9 +259,8 @@ class Batches(Dataset):
     """
 
     def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
-        share = recipe.batch_size // world
-        self.stage, self.seed, self.config, self.batch_size, self.held_out = stage, seed, config, recipe.batch_size, split != "train"
-        self.rows, self.fixed_scenes = range(rank * share, (rank + 1) * share), FIXED_SCENES
+        self.stage, self.batch_size, self.seed, self.config, self.fixed_scenes = stage, recipe.batch_size, seed, config, FIXED_SCENES
+        self.rows, self.held_out = range(*(recipe.batch_size // world * n for n in (rank, rank + 1))), split != "train"
 
     def __getitem__(self, k):
         draw = lambda n: np.random.default_rng([self.seed, k, n, 2 * self.held_out])
@@ -464,13 +462,8 @@ def save_atomically(content, path):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
         beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept(path)}; make room and try again, "
-                        "with --resume where training stopped") from None
-
-
-def kept(path):
-    """What a message says of a checkpoint when training stops."""
-    return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); what was there before still is: make "
+                        "room, and if this was training go on with --resume") from None
 
 
 def plot_loss(rows, path):
@@ -502,9 +495,10 @@ def ranks():
 
 def mean_of_ranks(values, device):
     """The mean over all processes of a list of numbers."""
-    values = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
     return (values / ranks()[1]).tolist()
 
 
@@ -515,8 +509,8 @@ def asked_to_stop():
 
     def note(number, frame):
         asked.append(number)
-        if len(asked) > 1 and ranks()[1] == 1:  # torchrun passes on a Ctrl-C that the terminal has sent already
-            raise KeyboardInterrupt
+        if ranks()[1] == 1:  # torchrun passes on a Ctrl-C that the terminal has sent already
+            signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -533,10 +527,10 @@ def leave_stopping_to_the_trainer(worker):
 
 
 class NoiseByRow(TorchFunctionMode):
-    """Inside, torch.rand, randn and randint of (b, …) draw each row from random numbers of its own, seeded by (seed, step, row).
+    """Inside, torch.rand, randn and randint of (b, …) draw each row from numbers of its own, seeded by (seed, step, row).
 
-    So a sample's timestep, noise and dropped conditions are the same in any process and any piece of a batch, on any device.
-    Dropout alone, within the network, is drawn by piece.
+    So a sample meets the same timestep, noise and dropped conditions in any process, any piece of a batch, on any device.
+    Only the networks' dropout is drawn by piece.
     """
 
     DRAW = {torch.rand: "random", torch.randn: "standard_normal", torch.randint: "integers"}
@@ -544,7 +538,7 @@ class NoiseByRow(TorchFunctionMode):
     def __init__(self, seed, step, rows, held_out=False):
         super().__init__()
         self.rngs = [np.random.default_rng([seed, step, n, 2 * held_out + 1]) for n in rows]
-        torch.manual_seed(int(self.rngs[0].integers(1 << 32)))  # dropout's
+        torch.manual_seed(int(np.random.default_rng([seed, step, rows[0], 4]).integers(1 << 32)))  # dropout's
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function not in self.DRAW:
@@ -594,24 +588,30 @@ def recompute_blocks(model):
             module.forward = partial(again, module.forward)
 
 
-def recipe_of(stage, args):
-    """A stage's recipe, with what the command line says otherwise. Raises UserError."""
+def prepared(stage, args, device):
+    """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
     changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)}
-    recipe, world = replace(RECIPES[args.preset][stage], **changes), ranks()[1]
+    recipe, (rank, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
     if recipe.batch_size % world:
         raise UserError(f"--batch-size {recipe.batch_size}: cannot be shared equally by {world} processes")
-    return recipe
+    if rank:
+        dist.barrier()  # the first process prepares before the others, which find its files
+    context, extra = STAGES[stage][0](args, device)
+    if world > 1 and not rank:
+        dist.barrier()
+    low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
+    return recipe, context | {"device": device, "seed": args.seed, "low": low}, extra
 
 
-def networks(stage, args, recipe, context):
-    """(model, its EMA, optimizer, the loss as a module) as training begins, from the weights of --init if given. Raises UserError."""
+def networks(stage, recipe, context, init=None):
+    """(model, its EMA, optimizer, loss as a module) as training begins, from the checkpoint `init` if any. Raises UserError."""
     (_, build, loss_of, *_), config = STAGES[stage], context["config"]
     model = build(config).to(context["device"], memory_format=torch.channels_last)
-    if args.init:
-        given = clip_embed.read_checkpoint(args.init, stage)
+    if init:
+        given = clip_embed.read_checkpoint(init, stage)
         if given["config"] != asdict(config):
-            raise UserError(f"{args.init}: has other sizes than the {stage} of preset {args.preset}")
-        model.load_state_dict(clip_embed.load_model(build, type(config), given, args.init).state_dict())
+            raise UserError(f"{init}: has other sizes than the {stage} of this preset")
+        model.load_state_dict(clip_embed.load_model(build, type(config), given, init).state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if recipe.recompute:
@@ -623,34 +623,23 @@ def networks(stage, args, recipe, context):
     return model, ema, optimizer, DistributedDataParallel(loss, broadcast_buffers=False) if dist.is_initialized() else loss
 
 
-def in_context(args, device):
-    """What a stage's context holds beside what it prepares."""
-    low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
-    return {"device": device, "seed": args.seed, "low": low}
-
-
 def train(stage, args, device):
     """Train one stage from its start, or from its checkpoint with --resume, alone or as one of torchrun's processes.
 
     Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps. Raises UserError, and
     KeyboardInterrupt once a Ctrl-C or SIGTERM has been obeyed.
     """
-    (prepare, build, loss_of, picture_of, *finish), recipe, (rank, world) = STAGES[stage], recipe_of(stage, args), ranks()
+    (_, _, loss_of, picture_of, *finish), (rank, world) = STAGES[stage], ranks()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stage}.pt"
     if path.exists() and not args.resume:
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
-    if rank:
-        dist.barrier()  # the first process prepares before the others, which find its files
     torch.manual_seed(args.seed)
-    context, extra = prepare(args, device)
-    if world > 1 and not rank:
-        dist.barrier()
-    context |= in_context(args, device)
-    config, fresh = context["config"], not path.exists()
-    model, ema, optimizer, loss = networks(stage, args if fresh else argparse.Namespace(**vars(args) | {"init": None}), recipe, context)
-    start, rows, recent = 0, [], []  # rows: step, mean loss since the row before (recent: of what), images a second, held-out loss
-    if not fresh:
+    recipe, context, extra = prepared(stage, args, device)
+    config, begun = context["config"], path.exists()
+    model, ema, optimizer, loss = networks(stage, recipe, context, None if begun else args.init)
+    start, rows, recent = 0, [], []  # rows: step, mean loss since the row before (recent: of what), images a second, held out
+    if begun:
         saved = clip_embed.read_checkpoint(path, stage)
         state = saved.get("training")
         if state is None or saved["config"] != asdict(config):
@@ -685,25 +674,24 @@ def train(stage, args, device):
             recent.append(value)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(value) or not math.isfinite(norm) or rows and value > EXPLODED * rows[-1][1]:
-                before = f", after {rows[-1][1]:.4g}" if rows else ""
-                raise UserError(f"{stage}: the loss at step {step} is {value:.4g}{before}, its gradient's norm {norm:.4g}; {kept(path)}: "
-                                "go on with --resume and a lower --learning-rate, or with --precision float32")
+                last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+                raise UserError(f"{stage}: the loss at step {step} is {value:.4g} (before: {rows[-1][1] if rows else '–'}), its gradient's "
+                                f"norm {norm:.4g}; {last}: go on with --resume and a lower --learning-rate, or --precision float32")
             optimizer.step()
             update_ema(ema, model, step, recipe.ema_decay)
             seen += recipe.batch_size
             done, rate = step + 1, seen / (time.time() - began)
             bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
-            last, measured = done == recipe.steps, None
-            if full := last or done % args.save_every == 0:
+            measured = None
+            if full := done == recipe.steps or done % args.save_every == 0:
                 with torch.no_grad():
                     losses = [add_gradients(ema_loss, batch, k, recipe, context, True) for k, batch in enumerate(held_out)]
-                measured = mean_of_ranks([np.mean(losses)], device)[0]
+                measured = mean_of_ranks([float(np.mean(losses))], device)[0]
             if full or done % args.log_every == 0:
                 rows.append((done, float(np.mean(recent)), rate, measured))
                 recent = []
-            if not rank and last:
-                for measure in finish:
-                    measure(ema, context)
+            for measure in finish if done == recipe.steps and not rank else ():
+                measure(ema, context)
             if not rank and (full or stop):
                 save(done)
             if not rank and full:
@@ -713,7 +701,7 @@ def train(stage, args, device):
                 with torch.no_grad():
                     picture_of(ema, to_device(batch, device), context).save(args.out / f"{stage}-samples.png")
             if stop:
-                raise KeyboardInterrupt(f"{stage}: stopped after step {done}, saved in {path}: go on with the same command and --resume")
+                raise KeyboardInterrupt(f"{stage}: stopped after step {done}, saved in {path}; go on with --resume")
 
 
 VALIDATION = 8  # batches of the validation split that the EMA weights are measured on: the same each time, with the same noise
@@ -721,55 +709,48 @@ EXPLODED = 1000  # a batch's loss beyond so many times the last row's mean is no
 
 
 def dry_run(stage, args, device):
-    """Print a stage's parameters, the memory that training needs, images a second on this machine and hours to finish.
+    """Print a stage's parameters, the memory that its training needs, images a second on this machine and hours to finish.
 
-    Memory is computed: float32 weights, gradients, AdamW's two moments and the EMA, what else is kept (CLIP, the priors' z_i),
-    and what a first pass keeps for the backward pass, counted tensor by tensor. Temporary results and what CUDA
-    itself takes (under 1 GB) come on top. Drawing the batches counts, as far as --workers do not hide it.
+    Memory: float32 weights, gradients, AdamW's two moments and EMA, the frozen CLIP and z_i, and what a first pass keeps
+    for the backward pass, tensor by tensor. Passing results and what CUDA itself takes (under 1 GB) come on top. Time: a
+    batch's pieces, one update, and drawing the batch as far as --workers do not hide it.
     """
-    (prepare, build, *_), recipe = STAGES[stage], recipe_of(stage, args)
-    context = prepare(args, device)[0] | in_context(args, device)
+    recipe, context, _ = prepared(stage, args, device)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build(context["config"]).parameters())
+        parameters = sum(p.numel() for p in STAGES[stage][1](context["config"]).parameters())
     frozen = sum(t.nbytes for t in [context.get("z_i", torch.empty(0)), *context.get("clip", torch.nn.Module()).parameters()])
-    memory, text = 20 * parameters + frozen, f"{stage}: {parameters / 1e6:.1f} M parameters, {20 * parameters / 1e9:.2f} GB with "
-    text += f"gradients, moments and EMA{f', {frozen / 1e9:.2f} GB of CLIP and z_i' if frozen else ''}"
-    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if memory > room:
-        print(f"{text}; more than the {room / 1e9:.1f} GB here, so not measured", flush=True)
+    text = f"{stage}: {parameters / 1e6:.1f} M parameters; GB: weights, gradients, moments and EMA {20 * parameters / 1e9:.2f}"
+    text += f", CLIP and z_i {frozen / 1e9:.2f}" if frozen else ""
+    cuda = device.type == "cuda"
+    room = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 20 * parameters + frozen > room:
+        print(f"{text}; more than the {room / 1e9:.1f} here: not measured", flush=True)
         return
-    model, ema, optimizer, loss = networks(stage, args, recipe, context)
-
-    def seconds(run):
-        began = time.perf_counter()
-        result = run()
-        next(model.parameters()).sum().item()  # waits for a GPU
-        return time.perf_counter() - began, result
-
-    def update():
-        optimizer.step()
-        update_ema(ema, model, 0, recipe.ema_decay)
-
-    drawing, batch = seconds(lambda: context.get("batches", Batches)(stage, recipe, args.seed, context["config"])[0])
-    piece, activations, ours = min(recipe.at_once, recipe.batch_size), {}, {p.data_ptr() for p in model.parameters()}
+    model, ema, optimizer, loss = networks(stage, recipe, context)
+    began, kept, times, updates = time.perf_counter(), {}, [], []
+    batch = context.get("batches", Batches)(stage, recipe, args.seed, context["config"])[0]
+    drawing, piece = time.perf_counter() - began, min(recipe.at_once, recipe.batch_size)
 
     def note(tensor):
-        storage = tensor.untyped_storage()
-        activations[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in ours)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    run = lambda: add_gradients(loss, tuple(p[:piece] for p in batch), 0, replace(recipe, batch_size=piece), context)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        times = [seconds(run)[0]]
-    updates = [seconds(update)[0] for _ in range(2)]
     while len(times) < 4 and sum(times) < 20:
-        times.append(seconds(run)[0])
+        kept.clear()
+        began = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            add_gradients(loss, tuple(part[:piece] for part in batch), 0, replace(recipe, batch_size=piece), context)
+        times.append(time.perf_counter() - began)
+        optimizer.step()
+        update_ema(ema, model, 0, recipe.ema_decay)
+        next(ema.parameters()).sum().item()  # waits for a GPU
+        updates.append(time.perf_counter() - began - times[-1])
     step = min(times) * recipe.batch_size / piece + min(updates)
     step = max(step, drawing / args.workers) if args.workers else step + drawing
-    memory += sum(activations.values())
-    print(f"{text}, {sum(activations.values()) / 1e9:.2f} GB kept for the backward pass of {piece} rows: {memory / 1e9:.2f} GB; "
-          f"{recipe.batch_size / step:.3g} images/s here, {recipe.steps} steps of {recipe.batch_size}: "
-          f"{recipe.steps * step / 3600:.3g} hours", flush=True)
+    activations = sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
+    print(f"{text}, kept for the backward pass of {piece} rows {activations / 1e9:.2f}, together "
+          f"{(20 * parameters + frozen + activations) / 1e9:.2f}; {recipe.batch_size / step:.3g} images/s here, "
+          f"{recipe.steps} steps of {recipe.batch_size}: {recipe.steps * step / 3600:.3g} hours", flush=True)
 
 
 def attention_kernel(device, low):
@@ -884,8 +865,8 @@ def main():
     parser = argparse.ArgumentParser(
         description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
         "--out folder, or --clip; the upsamplers need nothing.",
-        epilog="A run that was stopped, by Ctrl-C or anything else, goes on with the same command and --resume, as if it had never "
-        "stopped. Several GPUs: torchrun --nproc-per-node N train.py …, with the same options.")
+        epilog="A run that was stopped, by Ctrl-C or anything else, goes on with the same command and --resume, as if it had "
+        "never stopped. Several GPUs: torchrun --nproc-per-node N train.py …, with the same options.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
@@ -900,8 +881,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second here "
-                        "and hours to finish")
+    parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second "
+                        "on this machine and hours to finish")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
