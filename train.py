@@ -313,7 +313,7 @@ class Recipe:
     ema_decay: float = 0.9999
     warmup: int = 500
     at_once: int = 1 << 20  # rows that go through the network together: a larger batch's gradients are added up in pieces
-    recompute: bool = False  # keep each block's input alone for the backward pass, which computes the rest again
+    recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
 
 
 RECIPES = {
@@ -436,6 +436,10 @@ def seeds(n, first=0):
 
 
 # ----------------------------------------------------------------------------- the training loop
+
+VALIDATION = 8  # batches of the validation split that the EMA weights are measured on: the same each time, with the same noise
+EXPLODED = 1000  # a batch's loss beyond so many times the last row's mean is no chance
+
 
 def learning_rate(step, recipe):
     """Linear warm-up, then half a cosine down to zero (ours: the paper names only the peak)."""
@@ -577,17 +581,6 @@ def add_gradients(loss, batch, k, recipe, context, held_out=False):
     return total
 
 
-def recompute_blocks(model):
-    """Make every block keep only its inputs for the backward pass, which then computes the rest a second time."""
-    def again(forward, *inputs):
-        fresh = lambda *inputs: forward(*(list(x) if isinstance(x, list) else x for x in inputs))  # a cache is filled on the way
-        return checkpoint(fresh, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
-
-    for module in model.modules():
-        if type(module).__name__.endswith("Block"):
-            module.forward = partial(again, module.forward)
-
-
 def prepared(stage, args, device):
     """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
     changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)}
@@ -606,6 +599,7 @@ def prepared(stage, args, device):
 def networks(stage, recipe, context, init=None):
     """(model, its EMA, optimizer, loss as a module) as training begins, from the checkpoint `init` if any. Raises UserError."""
     (_, build, loss_of, *_), config = STAGES[stage], context["config"]
+    torch.manual_seed(context["seed"])
     model = build(config).to(context["device"], memory_format=torch.channels_last)
     if init:
         given = clip_embed.read_checkpoint(init, stage)
@@ -614,13 +608,14 @@ def networks(stage, recipe, context, init=None):
         model.load_state_dict(clip_embed.load_model(build, type(config), given, init).state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if recipe.recompute:
-        recompute_blocks(model)
+    for block in model.modules() if recipe.recompute else ():
+        if isinstance(block, clip_embed.ResidualAttentionBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
     loss = Loss(model, loss_of, context)
-    return model, ema, optimizer, DistributedDataParallel(loss, broadcast_buffers=False) if dist.is_initialized() else loss
+    return model, ema, optimizer, DistributedDataParallel(loss) if dist.is_initialized() else loss
 
 
 def train(stage, args, device):
@@ -634,7 +629,6 @@ def train(stage, args, device):
     path = args.out / f"{stage}.pt"
     if path.exists() and not args.resume:
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
-    torch.manual_seed(args.seed)
     recipe, context, extra = prepared(stage, args, device)
     config, begun = context["config"], path.exists()
     model, ema, optimizer, loss = networks(stage, recipe, context, None if begun else args.init)
@@ -651,13 +645,7 @@ def train(stage, args, device):
         model.load_state_dict(state["model"])
         ema.load_state_dict(saved["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, recent = state["step"], state["recent"]
-        rows = [(*row, None)[:4] for row in state["rows"]]
-
-    def save(step):
-        save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows, "recent": recent,
-            "recipe": asdict(recipe), "seed": args.seed}}, path)
+        start, rows, recent = state["step"], [(*row, None)[:4] for row in state["rows"]], state["recent"]
 
     batches = partial(context.get("batches", Batches), stage, recipe, args.seed, config, rank, world)
     held_out, ema_loss = [*map(batches("validation").__getitem__, range(VALIDATION))], Loss(ema, loss_of, context)
@@ -675,8 +663,9 @@ def train(stage, args, device):
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(value) or not math.isfinite(norm) or rows and value > EXPLODED * rows[-1][1]:
                 last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-                raise UserError(f"{stage}: the loss at step {step} is {value:.4g} (before: {rows[-1][1] if rows else '–'}), its gradient's "
-                                f"norm {norm:.4g}; {last}: go on with --resume and a lower --learning-rate, or --precision float32")
+                raise UserError(f"{stage}: the loss at step {step} is {value:.4g} (before: {rows[-1][1] if rows else '–'}), its "
+                                f"gradient's norm {norm:.4g}; {last}: go on with --resume and a lower --learning-rate, or with "
+                                "--precision float32")
             optimizer.step()
             update_ema(ema, model, step, recipe.ema_decay)
             seen += recipe.batch_size
@@ -693,7 +682,9 @@ def train(stage, args, device):
             for measure in finish if done == recipe.steps and not rank else ():
                 measure(ema, context)
             if not rank and (full or stop):
-                save(done)
+                save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows, "recent": recent,
+                    "recipe": asdict(recipe), "seed": args.seed}}, path)
             if not rank and full:
                 with open(path.with_suffix(".csv"), "w", newline="") as file:
                     csv.writer(file).writerows([("step", "loss", "images_per_second", "held_out_loss"), *rows])
@@ -702,10 +693,6 @@ def train(stage, args, device):
                     picture_of(ema, to_device(batch, device), context).save(args.out / f"{stage}-samples.png")
             if stop:
                 raise KeyboardInterrupt(f"{stage}: stopped after step {done}, saved in {path}; go on with --resume")
-
-
-VALIDATION = 8  # batches of the validation split that the EMA weights are measured on: the same each time, with the same noise
-EXPLODED = 1000  # a batch's loss beyond so many times the last row's mean is no chance
 
 
 def dry_run(stage, args, device):
@@ -718,39 +705,42 @@ def dry_run(stage, args, device):
     recipe, context, _ = prepared(stage, args, device)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in STAGES[stage][1](context["config"]).parameters())
-    frozen = sum(t.nbytes for t in [context.get("z_i", torch.empty(0)), *context.get("clip", torch.nn.Module()).parameters()])
-    text = f"{stage}: {parameters / 1e6:.1f} M parameters; GB: weights, gradients, moments and EMA {20 * parameters / 1e9:.2f}"
-    text += f", CLIP and z_i {frozen / 1e9:.2f}" if frozen else ""
-    cuda = device.type == "cuda"
-    room = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 20 * parameters + frozen > room:
-        print(f"{text}; more than the {room / 1e9:.1f} here: not measured", flush=True)
-        return
-    model, ema, optimizer, loss = networks(stage, recipe, context)
-    began, kept, times, updates = time.perf_counter(), {}, [], []
-    batch = context.get("batches", Batches)(stage, recipe, args.seed, context["config"])[0]
-    drawing, piece = time.perf_counter() - began, min(recipe.at_once, recipe.batch_size)
+    frozen = [context.get("z_i", torch.empty(0)), *context.get("clip", torch.nn.Module()).parameters()]
+    memory = {"weights, gradients, moments, EMA": 20 * parameters, "CLIP, z_i": sum(t.nbytes for t in frozen)}
+    room = math.inf  # where nobody knows
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    speed = f"not measured: this machine has {room / 1e9:.1f} GB"
+    if sum(memory.values()) < room:
+        model, ema, optimizer, loss = networks(stage, recipe, context)
+        began, kept, times, updates, piece = time.perf_counter(), {}, [], [], min(recipe.at_once, recipe.batch_size)
+        batch = context.get("batches", Batches)(stage, recipe, args.seed, context["config"])[0]
+        drawing = time.perf_counter() - began
 
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
 
-    while len(times) < 4 and sum(times) < 20:
-        kept.clear()
-        began = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            add_gradients(loss, tuple(part[:piece] for part in batch), 0, replace(recipe, batch_size=piece), context)
-        times.append(time.perf_counter() - began)
-        optimizer.step()
-        update_ema(ema, model, 0, recipe.ema_decay)
-        next(ema.parameters()).sum().item()  # waits for a GPU
-        updates.append(time.perf_counter() - began - times[-1])
-    step = min(times) * recipe.batch_size / piece + min(updates)
-    step = max(step, drawing / args.workers) if args.workers else step + drawing
-    activations = sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
-    print(f"{text}, kept for the backward pass of {piece} rows {activations / 1e9:.2f}, together "
-          f"{(20 * parameters + frozen + activations) / 1e9:.2f}; {recipe.batch_size / step:.3g} images/s here, "
-          f"{recipe.steps} steps of {recipe.batch_size}: {recipe.steps * step / 3600:.3g} hours", flush=True)
+        while len(times) < 4 and sum(times) < 20:
+            kept.clear()
+            began = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                add_gradients(loss, tuple(part[:piece] for part in batch), 0, replace(recipe, batch_size=piece), context)
+            times.append(time.perf_counter() - began)
+            optimizer.step()
+            update_ema(ema, model, 0, recipe.ema_decay)
+            next(ema.parameters()).sum().item()  # waits for a GPU
+            updates.append(time.perf_counter() - began - times[-1])
+        activations = sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
+        memory[f"what the backward pass needs of {piece} rows"] = activations
+        step = min(times) * recipe.batch_size / piece + min(updates)
+        step = max(step, drawing / args.workers) if args.workers else step + drawing
+        speed = (f"{recipe.batch_size / step:.3g} images/s here, {recipe.steps} steps of {recipe.batch_size}: "
+                 f"{recipe.steps * step / 3600:.3g} hours")
+    print(f"{stage}: {parameters / 1e6:.1f} M parameters; {sum(memory.values()) / 1e9:.2f} GB ("
+          + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items() if v) + f"); {speed}", flush=True)
 
 
 def attention_kernel(device, low):
