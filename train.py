@@ -545,7 +545,7 @@ class NoiseByRow(TorchFunctionMode):
         torch.manual_seed(int(np.random.default_rng([seed, step, rows[0], 4]).integers(1 << 32)))  # dropout's
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in self.DRAW:
+        if kwargs or function not in self.DRAW:  # with a generator of its own, for one
             return function(*args, **(kwargs or {}))
         *bound, shape = args if isinstance(args[-1], tuple) else (args,)
         rows = torch.from_numpy(np.stack([getattr(rng, self.DRAW[function])(*bound, size=shape[1:]) for rng in self.rngs]))

@@ -289,7 +289,7 @@ def test_killed_thirty_times_also_while_saving_it_ends_as_if_it_never_was(quick)
 
 # ----------------------------------------------------------------------------- what is measured
 
-def test_the_held_out_loss_is_the_emas_on_the_same_batches_each_time(quick):
+def test_the_held_out_loss_is_of_the_same_batches_each_time(quick):
     """With the learning rate at nothing the EMA stays as it is: so does its loss, while the training loss goes with the batch."""
     train.train("upsample-256", also(quick, steps=6, learning_rate=1e-12), CPU)
     rows = final(quick)["training"]["rows"]
@@ -301,6 +301,20 @@ def test_the_held_out_loss_is_the_emas_on_the_same_batches_each_time(quick):
     assert [row["step"] for row in read if not row["held_out_loss"]] == ["3"]
     colours = {colour for _, colour in Image.open(quick.out / "upsample-256-loss.png").getcolors(1 << 16)}
     assert {(65, 105, 225), (255, 140, 0)} <= colours
+
+
+@torch.no_grad()
+def test_the_held_out_loss_is_the_emas(quick):
+    """Measured here over again."""
+    with torch.enable_grad():
+        train.train("upsample-256", also(quick, steps=8, learning_rate=0.02), CPU)
+    checkpoint, losses = final(quick), []
+    model = upsample.Upsampler(TINY[upsample][256]).eval()
+    model.load_state_dict(checkpoint["model"])
+    for k in range(train.VALIDATION):
+        with train.NoiseByRow(3, k, range(4), held_out=True):
+            losses.append(float(upsample.upsampler_loss(model, *Noise("", train.Recipe(4, 1, 1), 3, None, split="validation")[k])))
+    assert checkpoint["training"]["rows"][-1][3] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_a_dry_run_writes_nothing_and_counts_what_training_would_take(tiny, monkeypatch, capsys, tmp_path):  # noqa: F811
