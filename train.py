@@ -325,7 +325,7 @@ RECIPES = {
                "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),  # whole: each row meets all others
                "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6, at_once=128),
-               "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999, at_once=32),
+               "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999, at_once=16),
                "decoder": Recipe(32, 200000, 1.2e-4, at_once=8),
                "upsample-256": Recipe(16, 100000, 1.2e-4, at_once=8),
                "upsample-1024": Recipe(8, 100000, 1e-4, at_once=2)},
@@ -698,47 +698,49 @@ def train(stage, args, device):
 def dry_run(stage, args, device):
     """Print a stage's parameters, the memory that its training needs, images a second on this machine and hours to finish.
 
-    Memory: float32 weights, gradients, AdamW's two moments and EMA, the frozen CLIP and z_i, and what a first pass keeps
-    for the backward pass, tensor by tensor. Passing results and what CUDA itself takes (under 1 GB) come on top. Time: a
-    batch's pieces, one update, and drawing the batch as far as --workers do not hide it.
+    Memory: float32 weights, gradients, AdamW's two moments and EMA, the frozen CLIP and z_i, and what the backward pass
+    needs of a piece (at_once), counted tensor by tensor. Passing results and what CUDA itself takes (under 1 GB) come on
+    top. Time: a batch's pieces, one update, and drawing the batch as far as --workers do not hide it. Where 80% of the
+    machine's memory would not do, by what one row and two need, no piece is tried.
     """
     recipe, context, _ = prepared(stage, args, device)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in STAGES[stage][1](context["config"]).parameters())
     frozen = [context.get("z_i", torch.empty(0)), *context.get("clip", torch.nn.Module()).parameters()]
     memory = {"weights, gradients, moments, EMA": 20 * parameters, "CLIP, z_i": sum(t.nbytes for t in frozen)}
-    room = math.inf  # where nobody knows
+    room, piece, speed = math.inf, min(recipe.at_once, recipe.batch_size), "too much for this machine: not measured"
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[1]
+        room = 0.8 * torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    speed = f"not measured: this machine has {room / 1e9:.1f} GB"
+        room = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def measure(rows):  # seconds to draw them, to pass them through, and of an update; bytes kept for the backward pass
+        part, kept, times = replace(recipe, batch_size=rows), {}, [time.perf_counter()]
+        batch = context.get("batches", Batches)(stage, part, args.seed, context["config"])[0]
+        times.append(time.perf_counter())
+        note = lambda tensor: (kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            add_gradients(loss, batch, 0, part, context)
+        times.append(time.perf_counter())
+        optimizer.step()
+        update_ema(ema, model, 0, recipe.ema_decay)
+        next(ema.parameters()).sum().item()  # waits for a GPU
+        own = sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
+        return *np.diff([*times, time.perf_counter()]), sum(kept.values()) - own
+
     if sum(memory.values()) < room:
         model, ema, optimizer, loss = networks(stage, recipe, context)
-        began, kept, times, updates, piece = time.perf_counter(), {}, [], [], min(recipe.at_once, recipe.batch_size)
-        batch = context.get("batches", Batches)(stage, recipe, args.seed, context["config"])[0]
-        drawing = time.perf_counter() - began
-
-        def note(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        while len(times) < 4 and sum(times) < 20:
-            kept.clear()
-            began = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                add_gradients(loss, tuple(part[:piece] for part in batch), 0, replace(recipe, batch_size=piece), context)
-            times.append(time.perf_counter() - began)
-            optimizer.step()
-            update_ema(ema, model, 0, recipe.ema_decay)
-            next(ema.parameters()).sum().item()  # waits for a GPU
-            updates.append(time.perf_counter() - began - times[-1])
-        activations = sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
-        memory[f"what the backward pass needs of {piece} rows"] = activations
-        step = min(times) * recipe.batch_size / piece + min(updates)
-        step = max(step, drawing / args.workers) if args.workers else step + drawing
-        speed = (f"{recipe.batch_size / step:.3g} images/s here, {recipe.steps} steps of {recipe.batch_size}: "
-                 f"{recipe.steps * step / 3600:.3g} hours")
+        one, two, backward = measure(1)[-1], measure(2)[-1], f"what the backward pass needs of {piece} rows"
+        memory[backward] = one + (two - one) * (piece - 1)
+        tries, began = [], time.perf_counter()
+        while sum(memory.values()) < room and len(tries) < 4 and time.perf_counter() - began < 20:
+            tries.append(measure(piece))
+        if tries:
+            pieces = recipe.batch_size / piece
+            drawing, passing, update, memory[backward] = np.min(tries, 0) * [pieces, pieces, 1, 1]
+            step = max(passing + update, drawing / args.workers) if args.workers else passing + update + drawing
+            speed = (f"{recipe.batch_size / step:.3g} images/s here, {recipe.steps} steps of {recipe.batch_size}: "
+                     f"{recipe.steps * step / 3600:.3g} hours")
     print(f"{stage}: {parameters / 1e6:.1f} M parameters; {sum(memory.values()) / 1e9:.2f} GB ("
           + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items() if v) + f"); {speed}", flush=True)
 
