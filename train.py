@@ -752,7 +752,8 @@ def attention_kernel(device, low):
     return contextlib.nullcontext()
 
 
-# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
+# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra). Where the
+# context has "batches", that stands in for Batches, with the same arguments.
 
 def prepare_clip(args, device):
     """The tokenizer, its merges learned from the world's captions, and a config that fits it."""

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -152,6 +154,19 @@ def test_recomputing_keeps_less_and_spares_the_ema(low):
                 p.zero_()
             assert torch.equal(ema.encode_image(torch.ones(1, 3, 64, 64)), before)
     assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_train_what_one_does(tmp_path):
+    """By the command line: the shapes upsampler, three steps."""
+    weights, options = [], ["upsample-256", "--batch-size", "4", "--steps", "3", "--save-every", "9", "--device", "cpu", "--out"]
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        subprocess.run([sys.executable, *launch, train.__file__, *options, tmp_path / name], check=True, timeout=150)
+        assert sorted(p.suffix for p in (tmp_path / name).iterdir()) == [".csv", ".png", ".png", ".pt"]
+        weights.append(torch.load(tmp_path / name / "upsample-256.pt", weights_only=True))
+    assert all(torch.allclose(v, weights[1]["model"][k], atol=1e-6) for k, v in weights[0]["model"].items())
+    rows = [np.array(checkpoint["training"]["rows"])[:, [0, 1, 3]].astype(float) for checkpoint in weights]
+    assert rows[0].shape == (1, 3) and np.allclose(*rows, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------- stopped, in every way
