@@ -347,10 +347,10 @@ def decoder_loss(model, x_0, z_i, text, null, drop_z_i=0.1, drop_caption=0.5):
     T, B = len(alphas_cumprod), len(x_0)
     t = torch.randint(T, (B,)).to(x_0.device)  # drawn on the CPU: the same numbers on every device
     noise = torch.randn(x_0.shape).to(x_0.device)
-    drop = torch.rand(2, B).to(x_0.device)
+    drop = torch.rand(B, 2).to(x_0.device)
     x_t = q_sample(x_0, t, noise, alphas_cumprod)
-    z_i = torch.where(drop[0, :, None] < drop_z_i, torch.zeros_like(z_i), z_i)
-    eps, v = model(x_t, t, z_i, drop_text(text, null, drop[1] < drop_caption))
+    z_i = torch.where(drop[:, :1] < drop_z_i, torch.zeros_like(z_i), z_i)
+    eps, v = model(x_t, t, z_i, drop_text(text, null, drop[:, 1] < drop_caption))
     weight = 1 / at(alphas_cumprod, t, eps) if model.config.prediction == "velocity" else 1  # ‖Δε‖²/ᾱ is ‖Δvelocity‖²
     simple = (weight * (eps - noise) ** 2).mean()
     return simple + 0.001 * T * vlb_term(x_0, x_t, t, eps.detach(), v, alphas_cumprod).mean()

@@ -7,14 +7,16 @@ quicker at first, priors that train on embeddings computed once.
 
 In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, decoder, upsample-256, upsample-1024
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
-      NAME.csv and NAME-loss.png (the loss), NAME-samples.png (what the network makes at present)
+      NAME.csv and NAME-loss.png (the loss, in training and held out), NAME-samples.png (what the network makes at present)
 
-The world of shapes needs no download: step k of a run draws its scenes, its captions, its noise and its
-timesteps from random numbers seeded by (--seed, k) alone, so `--resume` is exact: a run that was stopped
-goes on as if it never had been.
+The world of shapes needs no download: row n of step k draws its scene, its caption, its noise and its timestep from
+random numbers seeded by (--seed, k, n) alone, so `--resume` is exact: a run that was stopped goes on as if it never had
+been. Nor do they depend on how many processes share a batch, or in how many pieces it goes through the network.
 
     python train.py all --preset shapes              # everything
+    python train.py all --preset laptop --dry-run    # what that would take
     python train.py decoder --resume                 # one stage, continued after a stop
+    torchrun --nproc-per-node 4 train.py decoder     # four GPUs, the batch shared
 """
 
 import argparse
@@ -23,15 +25,22 @@ import copy
 import csv
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -246,39 +255,45 @@ def corpus(n=2000, seed=0):
 # ----------------------------------------------------------------------------- batches
 
 class Batches(Dataset):
-    """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
+    """Rows of batch k of a stage's training, those of process `rank` of `world`; split is "train" or "validation".
 
-    clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no
-    caption comes twice (a duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i
-    are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
+    Row n is drawn from (seed, k, n) alone: the same in any process, any worker, any order. clip, decoder: images
+    (b, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no caption comes twice (a
+    duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i are computed beforehand
+    (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
-    def __init__(self, stage, recipe, seed, config):
+    def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
         self.stage, self.batch_size, self.seed, self.config, self.fixed_scenes = stage, recipe.batch_size, seed, config, FIXED_SCENES
+        self.rows, self.held_out = range(*(recipe.batch_size // world * n for n in (rank, rank + 1))), split != "train"
 
     def __getitem__(self, k):
-        rng = np.random.default_rng([self.seed, k])
+        draw = lambda n: np.random.default_rng([self.seed, k, n, 2 * self.held_out])
         if self.stage.startswith("upsample"):
-            crops = [upsample.training_crops(render(random_scene(rng), self.config.image_size), self.config, rng,
-                                             min(4, self.batch_size - n)) for n in range(0, self.batch_size, 4)]
-            return tuple(torch.cat(part) for part in zip(*crops))
+            first = self.rows.start // 4 * 4
+            crops = [upsample.training_crops(render(random_scene(rng), self.config.image_size), self.config, rng, 4)
+                     for rng in map(draw, range(first, self.rows.stop, 4))]
+            return tuple(torch.cat(part)[self.rows.start - first:self.rows.stop - first] for part in zip(*crops))
         if self.stage == "z_i":
             numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.fixed_scenes))
             return torch.stack([to_tensor(render(fixed_scene(self.seed, n), 64)) for n in numbers])
         if self.stage in ("prior", "ar-prior"):
-            chosen = rng.integers(self.fixed_scenes, size=self.batch_size)
+            kept = self.fixed_scenes - max(1, self.fixed_scenes // 128)  # the last scenes of the set are held out
+            rngs = [draw(n) for n in self.rows]
+            chosen = [int(rng.integers(*((kept, self.fixed_scenes) if self.held_out else (0, kept)))) for rng in rngs]
             scenes = [fixed_scene(self.seed, n) for n in chosen]
-            return torch.from_numpy(chosen), [describe(s, what_to_say(s, rng), rng) for s in scenes]
-        images, captions = [], []
-        while len(images) < self.batch_size:
-            scene = random_scene(rng)
-            said = what_to_say(scene, rng)
-            group = [scene, *near_misses(scene, said, rng)] if self.stage == "clip" else [scene]
-            words = [describe(s, said, rng) for s in group]
-            if self.stage != "clip" or len(set(words) - set(captions)) == len(words):
-                images += [to_tensor(render(s, 64)) for s in group]
-                captions += words
-        return torch.stack(images[:self.batch_size]), captions[:self.batch_size]
+            return torch.tensor(chosen), [describe(s, what_to_say(s, rng), rng) for s, rng in zip(scenes, rngs)]
+        clip, scenes, captions, told = self.stage == "clip", [], [], set()
+        for n in range(0, self.batch_size, 4) if clip else self.rows:  # clip: all captions must be known to have none twice
+            rng, words = draw(n), []
+            while not words or clip and len({*words} - told) < 4:
+                scene = random_scene(rng)
+                said = what_to_say(scene, rng)
+                group = [scene, *near_misses(scene, said, rng)] if clip else [scene]
+                words = [describe(s, said, rng) for s in group]
+            scenes, captions, told = scenes + group, captions + words, told | {*words}
+        own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
+        return torch.stack([to_tensor(render(s, 64)) for s in scenes[own]]), captions[own]
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
@@ -294,7 +309,7 @@ def fixed_scene(seed, n):
 @dataclass
 class Recipe:
     """How a stage is trained (appendix C, table 3): AdamW with β1 = 0.9."""
-    batch_size: int
+    batch_size: int  # of all processes together
     steps: int
     learning_rate: float
     weight_decay: float = 0.0
@@ -302,6 +317,8 @@ class Recipe:
     eps: float = 1e-8
     ema_decay: float = 0.9999
     warmup: int = 500
+    at_once: int = 1 << 20  # rows that go through the network together: a larger batch's gradients are added up in pieces
+    recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
 
 
 RECIPES = {
@@ -311,12 +328,12 @@ RECIPES = {
                "decoder": Recipe(16, 15300, 8e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
                "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
-    "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000),
-               "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6),
-               "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999),
-               "decoder": Recipe(32, 200000, 1.2e-4),
-               "upsample-256": Recipe(16, 100000, 1.2e-4),
-               "upsample-1024": Recipe(8, 100000, 1e-4)},
+    "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),  # whole: each row meets all others
+               "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6, at_once=128),
+               "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999, at_once=16),
+               "decoder": Recipe(32, 200000, 1.2e-4, at_once=8),
+               "upsample-256": Recipe(16, 100000, 1.2e-4, at_once=8),
+               "upsample-1024": Recipe(8, 100000, 1e-4, at_once=2)},
     "paper": {"clip": Recipe(32768, 400000, 3e-4, 0.2, 0.98, 1e-6, warmup=2000),  # CLIP's own batch; the paper adds SAM
               "prior": Recipe(4096, 600000, 1.1e-4, 0.06, 0.96, 1e-6),
               "ar-prior": Recipe(4096, 1000000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999),
@@ -327,11 +344,12 @@ RECIPES = {
 
 
 def clip_loss(model, batch, context):
-    """The contrastive loss of a batch of (images, captions)."""
+    """The contrastive loss of a batch of (images, captions), each row against all rows of all processes."""
     images, captions = batch
     text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
-    return clip_embed.contrastive_loss(z_i, text["z_t"], model.logit_scale)
+    gather = lambda z: torch.cat(all_gather(z)) if dist.is_initialized() else z  # gradients find their way back
+    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale)
 
 
 def clip_picture(model, batch, context):
@@ -371,6 +389,11 @@ def captioned(context, count):
 def prior_loss(model, batch, context, loss=prior.prior_loss):
     """A prior's loss of a batch of (numbers of scenes, captions)."""
     return loss(model, context["z_i"][batch[0]], *read(batch[1], context))
+
+
+def measure_errors(model, context):
+    """What the diffusion prior needs beside its weights when training ends: the errors behind the analytic variance."""
+    model.errors.copy_(prior.estimate_errors(model, captioned(context, 4)))
 
 
 def prior_picture(model, batch, context, sample=prior.sample):
@@ -419,6 +442,10 @@ def seeds(n, first=0):
 
 # ----------------------------------------------------------------------------- the training loop
 
+VALIDATION = 8  # batches of the validation split that the EMA weights are measured on: the same each time, with the same noise
+EXPLODED = 1000  # a batch's loss beyond so many times the last row's mean is no chance
+
+
 def learning_rate(step, recipe):
     """Linear warm-up, then half a cosine down to zero (ours: the paper names only the peak)."""
     ramp = min(1, (step + 1) / recipe.warmup)
@@ -434,114 +461,293 @@ def update_ema(ema, model, step, decay):
 
 
 def save_atomically(content, path):
-    """torch.save beside the file, then rename: a crash or a full disk leaves the old checkpoint whole."""
+    """torch.save beside the file, then rename: a crash or a full disk leaves the old checkpoint whole. Raises UserError."""
     beside = path.with_suffix(".part")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({str(error).splitlines()[0]}); what was there before still is: make "
+                        "room, and if this was training go on with --resume") from None
 
 
 def plot_loss(rows, path):
-    """Draw the loss against the step with Pillow, both axes named, the loss on a logarithmic scale."""
-    steps, losses = np.array([r[0] for r in rows], float), np.log10(np.maximum([r[1] for r in rows], 1e-12))
-    width, height, left, bottom = 640, 360, 70, 40
-    low, high = losses.min() - 0.02, losses.max() + 0.02
-    to_xy = lambda s, l: (left + (width - left - 15) * s / max(1, steps[-1]), 15 + (height - bottom - 15) * (high - l) / (high - low))
+    """Draw the loss against the step with Pillow, in training and held out, on a logarithmic scale."""
+    lines = [(name, colour, [(r[0], math.log10(max(r[n], 1e-12))) for r in rows if r[n] is not None])
+             for name, colour, n in (("training", "royalblue", 1), ("held out", "darkorange", 3))]
+    width, height, left, bottom, last = 640, 360, 70, 40, rows[-1][0]
+    losses = [loss for *_, points in lines for _, loss in points]
+    low, high = min(losses) - 0.02, max(losses) + 0.02
+    to_xy = lambda s, l: (left + (width - left - 15) * s / last, 15 + (height - bottom - 15) * (high - l) / (high - low))
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     for tick in np.linspace(low, high, 5):
-        draw.line([to_xy(0, tick), to_xy(steps[-1], tick)], "gainsboro")
+        draw.line([to_xy(0, tick), to_xy(last, tick)], "gainsboro")
         draw.text((8, to_xy(0, tick)[1] - 6), f"{10 ** tick:.3g}", "black")
-    for tick in np.linspace(0, steps[-1], 6):
+    for tick in np.linspace(0, last, 6):
         draw.text((to_xy(tick, low)[0] - 12, height - bottom + 8), f"{tick:.0f}", "black")
     draw.text((width // 2, height - 16), "step", "black")
-    draw.line([to_xy(s, l) for s, l in zip(steps, losses)], "royalblue", 2)
+    for n, (name, colour, points) in enumerate(lines):
+        draw.line([to_xy(*point) for point in points], colour, 2)
+        draw.text((width - 80, 20 + 14 * n), name, colour)
     picture.save(path)
 
 
-def train(stage, args, device):
-    """Train one stage from its start, or from its checkpoint with --resume. Raises UserError.
+def ranks():
+    """(this process's number, how many there are) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps.
+
+def mean_of_ranks(values, device):
+    """The mean over all processes of a list of numbers."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return (values / ranks()[1]).tolist()
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Yields a list that Ctrl-C and SIGTERM add to, so that a step can be finished; alone, a second one stops at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        if ranks()[1] == 1:  # torchrun passes on a Ctrl-C that the terminal has sent already
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_stopping_to_the_trainer(worker):
+    """Ctrl-C reaches the workers too: they go on, and end with the process that they draw for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class NoiseByRow(TorchFunctionMode):
+    """Inside, torch.rand, randn and randint of (b, …) draw each row from numbers of its own, seeded by (seed, step, row).
+
+    So a sample meets the same timestep, noise and dropped conditions in any process, any piece of a batch, on any device.
+    Only the networks' dropout is drawn by piece.
     """
-    (prepare, build, loss_of, picture_of), recipe = STAGES[stage], RECIPES[args.preset][stage]
-    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)})
+
+    DRAW = {torch.rand: "random", torch.randn: "standard_normal", torch.randint: "integers"}
+
+    def __init__(self, seed, step, rows, held_out=False):
+        super().__init__()
+        self.rngs = [np.random.default_rng([seed, step, n, 2 * held_out + 1]) for n in rows]
+        torch.manual_seed(int(np.random.default_rng([seed, step, rows[0], 4]).integers(1 << 32)))  # dropout's
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if kwargs or function not in self.DRAW:  # with a generator of its own, for one
+            return function(*args, **(kwargs or {}))
+        *bound, shape = args if isinstance(args[-1], tuple) else (args,)
+        rows = torch.from_numpy(np.stack([getattr(rng, self.DRAW[function])(*bound, size=shape[1:]) for rng in self.rngs]))
+        return rows.to(torch.get_default_dtype()) if rows.is_floating_point() else rows
+
+
+class Loss(torch.nn.Module):
+    """A stage's loss as a module: what DistributedDataParallel wraps, since CLIP's loss calls its network twice."""
+
+    def __init__(self, model, loss_of, context):
+        super().__init__()
+        self.model, self.loss_of, self.context = model, loss_of, context
+
+    def forward(self, batch, k, rows, held_out):
+        c = self.context
+        with torch.autocast(c["device"].type, torch.bfloat16, enabled=c["low"]), NoiseByRow(c["seed"], k, rows, held_out):
+            return self.loss_of(self.model, batch, c)
+
+
+def add_gradients(loss, batch, k, recipe, context, held_out=False):
+    """The mean loss of this process's rows of batch k; where gradients are wanted they are added up, piece after piece."""
+    (rank, world), batch, total = ranks(), to_device(batch, context["device"]), 0
+    rows = recipe.batch_size // world
+    for first in range(0, rows, recipe.at_once):
+        last = min(first + recipe.at_once, rows)
+        apart = last < rows and isinstance(loss, DistributedDataParallel)  # processes exchange gradients with the last piece
+        with loss.no_sync() if apart else contextlib.nullcontext(), attention_kernel(context["device"], context["low"]):
+            numbers = range(rank * rows + first, rank * rows + last)
+            value = loss(tuple(part[first:last] for part in batch), k, numbers, held_out) * ((last - first) / rows)
+            if value.requires_grad:
+                value.backward()
+        total += value.item()
+    return total
+
+
+def prepared(stage, args, device):
+    """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
+    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)}
+    recipe, (rank, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
+    if recipe.batch_size % world:
+        raise UserError(f"--batch-size {recipe.batch_size}: cannot be shared equally by {world} processes")
+    if rank:
+        dist.barrier()  # the first process prepares before the others, which find its files
+    context, extra = STAGES[stage][0](args, device)
+    if world > 1 and not rank:
+        dist.barrier()
+    low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
+    return recipe, context | {"device": device, "seed": args.seed, "low": low}, extra
+
+
+def networks(stage, recipe, context, init=None):
+    """(model, its EMA, optimizer, loss as a module) as training begins, from the checkpoint `init` if any. Raises UserError."""
+    (_, build, loss_of, *_), config = STAGES[stage], context["config"]
+    torch.manual_seed(context["seed"])
+    model = build(config).to(context["device"], memory_format=torch.channels_last)
+    if init:
+        given = clip_embed.read_checkpoint(init, stage)
+        if given["config"] != asdict(config):
+            raise UserError(f"{init}: has other sizes than the {stage} of this preset")
+        model.load_state_dict(clip_embed.load_model(build, type(config), given, init).state_dict())
+    model.load_state_dict(context.get("codes", {}), strict=False)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    for block in model.modules() if recipe.recompute else ():
+        if isinstance(block, clip_embed.ResidualAttentionBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
+    loss = Loss(model, loss_of, context)
+    return model, ema, optimizer, DistributedDataParallel(loss) if dist.is_initialized() else loss
+
+
+def train(stage, args, device):
+    """Train one stage from its start, or from its checkpoint with --resume, alone or as one of torchrun's processes.
+
+    Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps. Raises UserError, and
+    KeyboardInterrupt once a Ctrl-C or SIGTERM has been obeyed.
+    """
+    (_, _, loss_of, picture_of, *finish), (rank, world) = STAGES[stage], ranks()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stage}.pt"
     if path.exists() and not args.resume:
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
-    torch.manual_seed(args.seed)
-    context, extra = prepare(args, device)
-    context |= {"device": device, "seed": args.seed}
-    config = context["config"]
-    model = build(config).to(device, memory_format=torch.channels_last)
-    if args.init and not path.exists():
-        given = clip_embed.read_checkpoint(args.init, stage)
-        if given["config"] != asdict(config):
-            raise UserError(f"{args.init}: has other sizes than the {stage} of preset {args.preset}")
-        model.load_state_dict(clip_embed.load_model(build, type(config), given, args.init).state_dict())
-    model.load_state_dict(context.get("codes", {}), strict=False)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
-    start, rows, recent = 0, [], []  # rows: step, mean loss since the row before (recent: of what), images a second
-    if path.exists():
-        checkpoint = clip_embed.read_checkpoint(path, stage)
-        state = checkpoint.get("training")
-        if state is None or checkpoint["config"] != asdict(config):
+    recipe, context, extra = prepared(stage, args, device)
+    config, begun = context["config"], path.exists()
+    model, ema, optimizer, loss = networks(stage, recipe, context, None if begun else args.init)
+    start, rows, recent = 0, [], []  # rows: step, mean loss since the row before (recent: of what), images a second, held out
+    if begun:
+        saved = clip_embed.read_checkpoint(path, stage)
+        state = saved.get("training")
+        if state is None or saved["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
-            if (state | checkpoint)[name] != value:
+            if (state | saved)[name] != value:
                 raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
-                                f"{(state | checkpoint)[name]!s:.40}, not {value!s:.40}")
+                                f"{(state | saved)[name]!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
-        ema.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(saved["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, rows, recent = state["step"], state["rows"], state["recent"]
+        start, rows, recent = state["step"], [(*row, None)[:4] for row in state["rows"]], state["recent"]
 
-    def save(step):
-        save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows, "recent": recent,
-            "recipe": asdict(recipe), "seed": args.seed}}, path)
-
-    low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
-    loader = DataLoader(Batches(stage, recipe, args.seed, config), batch_size=None,
-                        sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
-    bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
-    began, seen = time.time(), 0
-    for step, batch in enumerate(bar, start):
-        torch.manual_seed((args.seed << 32) + step)  # noise, timesteps and dropout depend on (seed, step) alone
-        batch = to_device(batch, device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low), attention_kernel(device, low):
-            loss = loss_of(model, batch, context)
-        recent.append(loss.item())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not (math.isfinite(recent[-1]) and torch.isfinite(norm)):
-            last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-            raise UserError(f"{stage}: the loss at step {step} is {recent[-1]}, its gradient's norm {float(norm)}; {last}: go on "
-                            "with --resume and a lower --learning-rate, or with --precision float32")
-        optimizer.step()
-        update_ema(ema, model, step, recipe.ema_decay)
-        seen += recipe.batch_size
-        bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{seen / (time.time() - began):.0f}", refresh=False)
-        done = step + 1
-        if done % args.log_every == 0 or done == recipe.steps:
-            rows.append((done, float(np.mean(recent)), seen / (time.time() - began)))
-            recent = []
-        if stage == "prior" and done == recipe.steps:
-            ema.errors.copy_(prior.estimate_errors(ema, captioned(context, 4)))
-        if done % args.save_every == 0 or done == recipe.steps:
-            save(done)
-            with open(path.with_suffix(".csv"), "w", newline="") as file:
-                csv.writer(file).writerows([("step", "loss", "images_per_second"), *rows])
-            if rows:
+    batches = partial(context.get("batches", Batches), stage, recipe, args.seed, config, rank, world)
+    held_out, ema_loss = [*map(batches("validation").__getitem__, range(VALIDATION))], Loss(ema, loss_of, context)
+    loader = DataLoader(batches("train"), batch_size=None, sampler=range(start, recipe.steps), num_workers=args.workers,
+                        worker_init_fn=leave_stopping_to_the_trainer, prefetch_factor=4 if args.workers else None)
+    with asked_to_stop() as asked, tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True,
+                                        disable=rank > 0) as bar:
+        began, seen = time.time(), 0
+        for step, batch in enumerate(bar, start):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, recipe)
+            optimizer.zero_grad(set_to_none=True)
+            value, stop = mean_of_ranks([add_gradients(loss, batch, step, recipe, context), len(asked) > 0], device)
+            recent.append(value)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            if not math.isfinite(value) or not math.isfinite(norm) or rows and value > EXPLODED * rows[-1][1]:
+                last = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+                raise UserError(f"{stage}: the loss at step {step} is {value:.4g} (before: {rows[-1][1] if rows else '–'}), its "
+                                f"gradient's norm {norm:.4g}; {last}: go on with --resume and a lower --learning-rate, or with "
+                                "--precision float32")
+            optimizer.step()
+            update_ema(ema, model, step, recipe.ema_decay)
+            seen += recipe.batch_size
+            done, rate = step + 1, seen / (time.time() - began)
+            bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
+            measured = None
+            if full := done == recipe.steps or done % args.save_every == 0:
+                with torch.no_grad():
+                    losses = [add_gradients(ema_loss, batch, k, recipe, context, True) for k, batch in enumerate(held_out)]
+                measured = mean_of_ranks([float(np.mean(losses))], device)[0]
+            if full or done % args.log_every == 0:
+                rows.append((done, float(np.mean(recent)), rate, measured))
+                recent = []
+            for measure in finish if done == recipe.steps and not rank else ():
+                measure(ema, context)
+            if not rank and (full or stop):
+                save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows, "recent": recent,
+                    "recipe": asdict(recipe), "seed": args.seed}}, path)
+            if not rank and full:
+                with open(path.with_suffix(".csv"), "w", newline="") as file:
+                    csv.writer(file).writerows([("step", "loss", "images_per_second", "held_out_loss"), *rows])
                 plot_loss(rows, args.out / f"{stage}-loss.png")
-            with torch.no_grad():
-                picture_of(ema, batch, context).save(args.out / f"{stage}-samples.png")
+                with torch.no_grad():
+                    picture_of(ema, to_device(batch, device), context).save(args.out / f"{stage}-samples.png")
+            if stop:
+                raise KeyboardInterrupt(f"{stage}: stopped after step {done}, saved in {path}; go on with --resume")
+
+
+def dry_run(stage, args, device):
+    """Print a stage's parameters, the memory that its training needs, images a second on this machine and hours to finish.
+
+    Memory: float32 weights, gradients, AdamW's two moments and EMA, the frozen CLIP and z_i, and what the backward pass
+    needs of a piece (at_once), counted tensor by tensor. Passing results and what CUDA itself takes (under 1 GB) come on
+    top. Time: a batch's pieces, one update, and drawing the batch as far as --workers do not hide it. Where 80% of the
+    machine's memory would not do, by what one row and two need, no piece is tried.
+    """
+    recipe, context, _ = prepared(stage, args, device)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in STAGES[stage][1](context["config"]).parameters())
+    frozen = [context.get("z_i", torch.empty(0)), *context.get("clip", torch.nn.Module()).parameters()]
+    memory = {"weights, gradients, moments, EMA": 20 * parameters, "CLIP, z_i": sum(t.nbytes for t in frozen)}
+    room, piece, speed = math.inf, min(recipe.at_once, recipe.batch_size), "too much for this machine: not measured"
+    if device.type == "cuda":
+        room = 0.8 * torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        room = 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def measure(rows):  # seconds to draw them, to pass them through, and of an update; bytes kept for the backward pass
+        part, kept, times = replace(recipe, batch_size=rows), {}, [time.perf_counter()]
+        batch = context.get("batches", Batches)(stage, part, args.seed, context["config"])[0]
+        times.append(time.perf_counter())
+        note = lambda tensor: (kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            add_gradients(loss, batch, 0, part, context)
+        times.append(time.perf_counter())
+        optimizer.step()
+        update_ema(ema, model, 0, recipe.ema_decay)
+        next(ema.parameters()).sum().item()  # waits for a GPU
+        own = sum(kept.get(p.data_ptr(), 0) for p in model.parameters())
+        return *np.diff([*times, time.perf_counter()]), sum(kept.values()) - own
+
+    if sum(memory.values()) < room:
+        model, ema, optimizer, loss = networks(stage, recipe, context)
+        one, two, backward = measure(1)[-1], measure(2)[-1], f"what the backward pass needs of {piece} rows"
+        memory[backward] = one + (two - one) * (piece - 1)
+        tries, began = [], time.perf_counter()
+        while sum(memory.values()) < room and len(tries) < 4 and time.perf_counter() - began < 20:
+            tries.append(measure(piece))
+        if tries:
+            pieces = recipe.batch_size / piece
+            drawing, passing, update, memory[backward] = np.min(tries, 0) * [pieces, pieces, 1, 1]
+            step = max(passing + update, drawing / args.workers) if args.workers else passing + update + drawing
+            speed = (f"{recipe.batch_size / step:.3g} images/s here, {recipe.steps} steps of {recipe.batch_size}: "
+                     f"{recipe.steps * step / 3600:.3g} hours")
+    print(f"{stage}: {parameters / 1e6:.1f} M parameters; {sum(memory.values()) / 1e9:.2f} GB ("
+          + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items() if v) + f"); {speed}", flush=True)
 
 
 def attention_kernel(device, low):
@@ -551,7 +757,8 @@ def attention_kernel(device, low):
     return contextlib.nullcontext()
 
 
-# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
+# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra). Where the
+# context has "batches", that stands in for Batches, with the same arguments.
 
 def prepare_clip(args, device):
     """The tokenizer, its merges learned from the world's captions, and a config that fits it."""
@@ -561,8 +768,12 @@ def prepare_clip(args, device):
 
 
 def frozen_clip(args, device):
-    """The CLIP of --clip, or the one that was trained in the same folder."""
-    clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
+    """The CLIP of --clip, or the one that was trained in the same folder; for --dry-run an untrained one does."""
+    if args.dry_run and not args.clip and not (args.out / "clip.pt").exists():
+        tokenizer, config = prepare_clip(args, device)[0].values()
+        clip = clip_embed.CLIP(config).eval().requires_grad_(False)
+    else:
+        clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
     context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
     return context, {"clip": clip_embed.fingerprint(clip)}
 
@@ -571,28 +782,32 @@ def prepare_prior(args, device):
     """CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what they depend on."""
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
+    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
+    if args.dry_run:  # sizes are all that counts
+        return context | {"z_i": torch.zeros(FIXED_SCENES, c.embed_dim, device=device), "config": config}, extra
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
     if not cache.exists():
         loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
                             sampler=range(-(-FIXED_SCENES // 256)), num_workers=args.workers)
         save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context).cpu()
                                    for images in tqdm(loader, desc="z_i of the priors' scenes", unit="batch")]), cache)
-    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
     return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
 
 
 def prepare_ar_prior(args, device):
     """What the diffusion prior needs, and what makes codes of z_i and of z_i·z_t: components and buckets of the fixed set."""
     (context, extra), config = prepare_prior(args, device), prior.AR_PRESETS[args.preset]
+    c = context["config"]
+    config = replace(config, embed_dim=c.embed_dim, clip_text_width=c.clip_text_width)
+    if args.dry_run:
+        return context | {"config": config}, extra
     try:
         codes = prior.fit_codes(context["z_i"], config.buckets)
     except ValueError as error:
         raise UserError(f"z_i of the priors' {len(context['z_i'])} scenes: {error}") from None
     dots = torch.cat([(z_i * text["z_t"]).sum(1) for z_i, text in captioned(context, 16)])
     codes["dot_edges"], _ = prior.quantile_buckets(dots.cpu(), config.buckets)
-    c = context["config"]
-    config = replace(config, embed_dim=c.embed_dim, clip_text_width=c.clip_text_width, components=len(codes["components"]))
-    return context | {"codes": codes, "config": config}, extra
+    return context | {"codes": codes, "config": replace(config, components=len(codes["components"]))}, extra
 
 
 def prepare_decoder(args, device):
@@ -614,10 +829,10 @@ def to_device(batch, device):
                  else part.to(device) for part in batch)
 
 
-# name: (what it needs, network, loss, sample picture)
+# name: (what it needs, network, loss, sample picture, and what is measured when training ends)
 STAGES = {
     "clip": (prepare_clip, clip_embed.CLIP, clip_loss, clip_picture),
-    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture),
+    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture, measure_errors),
     "ar-prior": (prepare_ar_prior, prior.ARPrior, partial(prior_loss, loss=prior.ar_loss),
                  partial(prior_picture, sample=prior.ar_sample)),
     "decoder": (prepare_decoder, decoder.Decoder, decoder_loss, decoder_picture),
@@ -648,7 +863,8 @@ def main():
     parser = argparse.ArgumentParser(
         description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
         "--out folder, or --clip; the upsamplers need nothing.",
-        epilog="A run that was stopped goes on with the same command and --resume, as if it had never stopped.")
+        epilog="A run that was stopped, by Ctrl-C or anything else, goes on with the same command and --resume, as if it had "
+        "never stopped. Several GPUs: torchrun --nproc-per-node N train.py …, with the same options.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
@@ -658,11 +874,13 @@ def main():
                         "place of one trained here")
     parser.add_argument("--bpe", metavar="PATH", help="the merges file of --clip, where none lies beside it")
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
-    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
+    parser.add_argument("--batch-size", type=int, help="of all processes together, in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second "
+                        "on this machine and hours to finish")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
@@ -679,11 +897,19 @@ def main():
         if args.init and args.stage not in STAGES:
             raise UserError(f"--init {args.init}: a checkpoint is one stage's; train that stage alone")
         device = pick_device(args.device)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            # a day: the others wait while the first one prepares
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
         for stage in stages if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
-            train(stage, args, device)
+            (dry_run if args.dry_run else train)(stage, args, device)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

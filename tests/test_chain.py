@@ -39,11 +39,12 @@ def tiny(monkeypatch, tmp_path):
         monkeypatch.setitem(prior.AR_PRESETS if module == "ar-prior" else module.PRESETS, "shapes", config)
     monkeypatch.setitem(train.RECIPES, "shapes", {stage: train.Recipe(4, 4, 1e-3, 0.1, ema_decay=0.9, warmup=2) for stage in train.STAGES})
     monkeypatch.setattr(train, "FIXED_SCENES", 20)
+    monkeypatch.setattr(train, "VALIDATION", 2)
     monkeypatch.setattr(train, "corpus", lambda: ["a red circle", "a small blue star"])
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
-                              init=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=1)
+                              init=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2, dry_run=False)
 
 
 def stopped_after(monkeypatch, saves):
@@ -69,21 +70,21 @@ def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
         (parts.out / "clip.pt").write_bytes((tiny.out / "clip.pt").read_bytes())
     train.train(stage, whole, torch.device("cpu"))
     with monkeypatch.context() as patch:
-        stopped_after(patch, 3 if stage in ("prior", "ar-prior") else 2)  # the priors save their scenes' z_i first
+        stopped_after(patch, 2 if stage in ("prior", "ar-prior") else 1)  # the priors save their scenes' z_i first
         with pytest.raises(KeyboardInterrupt):
             train.train(stage, parts, torch.device("cpu"))
     parts.resume, parts.workers = True, 1
     assert torch.load(parts.out / f"{stage}.pt", weights_only=True)["training"]["step"] == 2
     train.train(stage, parts, torch.device("cpu"))
     a, b = (torch.load(args.out / f"{stage}.pt", weights_only=True) for args in (whole, parts))
-    assert [row[0] for row in a["training"]["rows"]] == [3, 4]
-    assert [row[:2] for row in a["training"]["rows"]] == [row[:2] for row in b["training"]["rows"]]
+    assert [(row[0], row[3] is None) for row in a["training"]["rows"]] == [(2, False), (3, True), (4, False)]
+    assert [row[:2] + row[3:] for row in a["training"]["rows"]] == [row[:2] + row[3:] for row in b["training"]["rows"]]
     for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
         assert all(torch.equal(x[k], y[k]) for k in x)
     assert any(not torch.equal(a["model"][k], a["training"]["model"][k]) for k in a["model"])  # EMA is not the model
     assert Image.open(parts.out / f"{stage}-loss.png").size == (640, 360)
     assert Image.open(parts.out / f"{stage}-samples.png").size[0] >= 64
-    assert (parts.out / f"{stage}.csv").read_text().splitlines()[0] == "step,loss,images_per_second"
+    assert (parts.out / f"{stage}.csv").read_text().splitlines()[0] == "step,loss,images_per_second,held_out_loss"
 
 
 def test_a_run_is_not_overwritten_and_a_bad_loss_stops_it(tiny, monkeypatch):
@@ -120,9 +121,10 @@ def resaved(path, **changes):
 def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     train.save_atomically({"a": 1}, path)
-    monkeypatch.setattr(torch, "save", lambda content, to: (Path(to).write_bytes(b"half"), (_ for _ in ()).throw(OSError("disk full")))[1].__next__())
-    with pytest.raises(OSError):
+    monkeypatch.setattr(torch, "save", lambda content, to: (to.write(b"half"), (_ for _ in ()).throw(OSError("disk full")))[1].__next__())
+    with pytest.raises(UserError, match="x.pt: could not be written .disk full.; what was there before still is: make room"):
         train.save_atomically({"a": 2}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
     assert torch.load(path, weights_only=True) == {"a": 1}
 
 

@@ -1,0 +1,355 @@
+"""The training loop: shared among processes, split into pieces, stopped, killed, out of disk; and what it costs beforehand."""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import clip_embed
+import decoder
+import prior
+import train
+import upsample
+from clip_embed import UserError
+from test_chain import TINY, run, tiny  # noqa: F401 (tiny is a fixture)
+
+CPU = torch.device("cpu")
+fork = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
+needs_fork = pytest.mark.skipif(fork is None, reason="starts processes by fork")
+
+
+# ----------------------------------------------------------------------------- batches and noise by row
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_row_of_a_batch_is_the_same_in_any_process(stage, monkeypatch):
+    """Shares of 6 cut through CLIP's groups of a scene and its near misses, and through four crops of a scene."""
+    monkeypatch.setattr(train, "FIXED_SCENES", 40)
+    config = upsample.UpsamplerConfig(image_size=256, low_size=64)
+    make = lambda *where: train.Batches(stage, train.Recipe(12, 1, 1e-3), 7, config, *where)[3]
+    whole, parts = make(), [make(rank, 2) for rank in (0, 1)]
+    for n, part in enumerate(whole):
+        first, second = (p[n] for p in parts)
+        assert len(first) == len(second) == 6
+        assert first + second == part if isinstance(part, list) else torch.equal(torch.cat([first, second]), part)
+    held_out = make(0, 1, "validation")
+    assert not all(a == b if isinstance(a, list) else torch.equal(a, b) for a, b in zip(whole, held_out))
+
+
+def test_the_priors_never_train_on_the_scenes_that_are_held_out(monkeypatch):
+    monkeypatch.setattr(train, "FIXED_SCENES", 1280)
+    scenes = lambda split: {n for k in range(40) for n in train.Batches("prior", train.Recipe(64, 1, 1e-3), 0, None, 0, 1, split)[k][0].tolist()}
+    trained, held_out = scenes("train"), scenes("validation")
+    assert held_out == set(range(1270, 1280)) and max(trained) < 1270 and len(trained) > 1000
+
+
+def test_noise_belongs_to_its_row_and_is_what_torch_would_draw():
+    def draw(rows, step=2):
+        with train.NoiseByRow(5, step, rows):
+            return torch.randint(1000, (len(rows),)), torch.randn(len(rows), 3, 8, 8), torch.rand(len(rows), 2), torch.rand(len(rows))
+    whole, parts = draw(range(4000)), [draw(range(1500)), draw(range(1500, 4000))]
+    t, noise, pair, single = whole
+    assert all(torch.equal(x, torch.cat(both)) for x, both in zip(whole, zip(*parts)))
+    assert not any(torch.equal(x, y) for x, y in zip(whole, draw(range(4000), step=3)))
+    assert t.dtype == torch.int64 and noise.dtype == pair.dtype == torch.float32 and noise.shape == (4000, 3, 8, 8)
+    assert t.min() >= 0 and t.max() <= 999 and abs(t.double().mean() - 499.5) < 4 * 288.7 / 4000 ** 0.5
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5 and abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
+    assert abs(pair.mean() - 0.5) < 4 * 0.289 / 8000 ** 0.5 and pair.min() >= 0 and single.max() < 1
+    assert len({*single.tolist()}) > 3900 and torch.corrcoef(noise.flatten(1))[0, 1:].abs().max() < 0.5
+
+
+# ----------------------------------------------------------------------------- one batch, however it is shared
+
+def first_gradients(stage, rank, world, **changes):
+    """{name: gradient} of a tiny network's first step, float64 all through, of 12 rows shared by `world` processes."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # what the code keeps in float32 would hide all but seven digits
+    torch.manual_seed(1)
+    tokenizer = clip_embed.Tokenizer([])
+    clip = clip_embed.CLIP(replace(TINY[clip_embed], vocab_size=len(tokenizer))).eval()
+    config = {"clip": clip.config, "prior": TINY[prior], "ar-prior": TINY["ar-prior"],
+              "decoder": replace(TINY[decoder], dropout=0.0)}.get(stage) or replace(TINY[upsample][int(stage[9:])], dropout=0.0)
+    recipe = replace(train.Recipe(12, 1, 1e-3), **changes)
+    z_i = torch.nn.functional.normalize(torch.randn(train.FIXED_SCENES, 16), dim=1)
+    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False}
+    if stage == "ar-prior":
+        codes = prior.fit_codes(z_i, 1024)
+        context |= {"codes": codes | {"dot_edges": torch.linspace(-1, 1, 1023)}, "config": replace(config, components=len(codes["components"]))}
+    model, _, _, loss = train.networks(stage, recipe, context)
+    torch.manual_seed(2)
+    for p in model.parameters():
+        if not p.abs().sum():
+            torch.nn.init.normal_(p, std=0.05)
+    batch = train.Batches(stage, recipe, 3, context["config"], rank, world)[5]
+    value = train.mean_of_ranks([train.add_gradients(loss, batch, 5, recipe, context)], CPU)[0]
+    return {"loss": torch.tensor(value), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def in_processes(world, folder, jobs):
+    """Results of first_gradients(**job) for each job, as the last of `world` forked processes under gloo sees them."""
+    def work(rank):
+        train.FIXED_SCENES = 40
+        if world > 1:
+            torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+        torch.save([first_gradients(rank=rank, world=world, **job) for job in jobs], folder / f"{world}-{rank}.pt")
+
+    processes = [fork.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return torch.load(folder / f"{world}-{world - 1}.pt", weights_only=True)
+
+
+def assert_same(a, b, within):
+    assert a.keys() == b.keys() and all(g is not None and g.abs().max() > 0 for g in a.values())
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= within * a[name].abs().max(), name
+
+
+@needs_fork
+def test_processes_and_pieces_have_the_gradients_of_the_whole_batch(tmp_path):
+    """Two processes, each in pieces of 5 and 1 rows, or in one; one process in pieces; CLIP's batch is never in pieces."""
+    stages, pieces = list(train.STAGES), [stage for stage in train.STAGES if stage != "clip"]
+    one = in_processes(1, tmp_path, [{"stage": s} for s in stages] + [{"stage": s, "at_once": 5} for s in pieces])
+    two = in_processes(2, tmp_path, [{"stage": s} for s in stages] + [{"stage": s, "at_once": 5} for s in pieces])
+    whole = dict(zip(stages, one))
+    for stage, alone, shared in zip(stages + pieces, one, two):
+        assert_same(whole[stage], alone, 1e-10)
+        assert_same(whole[stage], shared, 1e-10)
+
+
+@needs_fork
+def test_recomputed_blocks_have_the_same_gradients(tmp_path):
+    assert_same(*in_processes(1, tmp_path, [{"stage": "clip", "recompute": again} for again in (False, True)]), 1e-12)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_recomputing_keeps_less_and_spares_the_ema(low):
+    """bfloat16 too: its attention must be of one kind in both passes."""
+    kept, tokenizer = {}, clip_embed.Tokenizer([])
+    config = replace(TINY[clip_embed], vocab_size=len(tokenizer), vision_layers=6, vision_patch_size=8)
+    for again in (False, True):
+        recipe, context = replace(train.Recipe(8, 1, 1e-3), recompute=again), {"config": config, "tokenizer": tokenizer, "device": CPU}
+        model, ema, _, loss = train.networks("clip", recipe, context := context | {"seed": 0, "low": low})
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
+            train.add_gradients(loss, train.Batches("clip", recipe, 0, config)[0], 0, recipe, context)
+        kept[again] = sum(sizes)
+        with torch.no_grad():
+            before = model.encode_image(torch.ones(1, 3, 64, 64))
+            for p in model.parameters():
+                p.zero_()
+            assert torch.equal(ema.encode_image(torch.ones(1, 3, 64, 64)), before)
+    assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_train_what_one_does(tmp_path):
+    """By the command line: the shapes upsampler, three steps."""
+    weights, options = [], ["upsample-256", "--batch-size", "4", "--steps", "3", "--save-every", "9", "--device", "cpu", "--out"]
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        subprocess.run([sys.executable, *launch, train.__file__, *options, tmp_path / name], check=True, timeout=150)
+        assert sorted(p.suffix for p in (tmp_path / name).iterdir()) == [".csv", ".png", ".png", ".pt"]
+        weights.append(torch.load(tmp_path / name / "upsample-256.pt", weights_only=True))
+    assert all(torch.allclose(v, weights[1]["model"][k], atol=1e-6) for k, v in weights[0]["model"].items())
+    rows = [np.array(checkpoint["training"]["rows"])[:, [0, 1, 3]].astype(float) for checkpoint in weights]
+    assert rows[0].shape == (1, 3) and np.allclose(*rows, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------- stopped, in every way
+
+class Noise(Dataset):
+    """Batches of an upsampler that cost nothing to draw, with the interface of Batches."""
+
+    def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
+        self.share, self.held_out = recipe.batch_size // world, split != "train"
+
+    def __getitem__(self, k):
+        g = torch.Generator().manual_seed(2 * k + self.held_out)
+        return torch.randn(self.share, 3, 64, 64, generator=g), torch.randn(self.share, 3, 16, 16, generator=g)
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch):  # noqa: F811
+    """Arguments of a training whose steps take milliseconds: an upsampler on noise."""
+    prepare = lambda args, device: ({"config": TINY[upsample][256], "batches": Noise}, {})
+    picture = lambda model, batch, context: Image.new("RGB", (8, 8))
+    monkeypatch.setitem(train.STAGES, "upsample-256", (prepare, *train.STAGES["upsample-256"][1:3], picture))
+    return tiny
+
+
+def final(args):
+    return torch.load(args.out / "upsample-256.pt", weights_only=True)
+
+
+def assert_same_end(a, b):
+    """Bit for bit: the EMA, the weights, the optimizer's moments, and the losses of every row."""
+    a, b = final(a), final(b)
+    for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    moments = [checkpoint["training"]["optimizer"]["state"] for checkpoint in (a, b)]
+    assert all(torch.equal(moments[0][n][k], moments[1][n][k]) for n in moments[0] for k in moments[0][n])
+    assert [(r[0], r[1], r[3]) for r in a["training"]["rows"]] == [(r[0], r[1], r[3]) for r in b["training"]["rows"]]
+
+
+def also(args, **changes):
+    return argparse.Namespace(**vars(args) | changes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, quick, monkeypatch):
+    stopped = also(quick, out=quick.out.parent / "stopped", save_every=100, workers=1)
+    loss, calls, before = upsample.upsampler_loss, [], signal.getsignal(number)
+
+    def interrupted(*batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return loss(*batch)
+
+    train.train("upsample-256", also(quick, save_every=100), CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(upsample, "upsampler_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"upsample-256: stopped after step 2, saved in .*upsample-256.pt; go on with --resume"):
+            train.train("upsample-256", stopped, CPU)
+    assert final(stopped)["training"]["step"] == 2 and signal.getsignal(number) is before
+    train.train("upsample-256", also(stopped, resume=True), CPU)
+    assert_same_end(quick, stopped)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), train.asked_to_stop() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_error_says_so(quick):
+    train.train("upsample-256", also(quick, steps=2), CPU)
+    before, resource = (quick.out / "upsample-256.pt").read_bytes(), pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # a longer file cannot be written
+    try:
+        with pytest.raises(UserError, match="could not be written .*File too large.*; what was there before still is: .*--resume"):
+            train.train("upsample-256", also(quick, resume=True), CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (quick.out / "upsample-256.pt").read_bytes() == before and not list(quick.out.glob("*.part"))
+    train.train("upsample-256", also(quick, resume=True), CPU)
+    assert final(quick)["training"]["step"] == 4
+
+
+def test_an_exploding_loss_stops_training_and_keeps_the_checkpoint(quick, monkeypatch):
+    train.train("upsample-256", also(quick, steps=2), CPU)
+    before, loss = (quick.out / "upsample-256.pt").read_bytes(), upsample.upsampler_loss
+    monkeypatch.setattr(upsample, "upsampler_loss", lambda *batch: 2e4 * loss(*batch))
+    with pytest.raises(UserError, match=r"the loss at step 2 is [\d.]+e\+04 .before: 1.*; the last good checkpoint is .*lower --learning-rate"):
+        train.train("upsample-256", also(quick, resume=True), CPU)
+    assert (quick.out / "upsample-256.pt").read_bytes() == before
+
+
+def test_a_checkpoint_from_before_the_held_out_loss_resumes(quick):
+    train.train("upsample-256", also(quick, steps=2), CPU)
+    old = final(quick)
+    old["training"]["rows"] = [row[:3] for row in old["training"]["rows"]]
+    torch.save(old, quick.out / "upsample-256.pt")
+    train.train("upsample-256", also(quick, resume=True), CPU)
+    assert [row[3] is None for row in final(quick)["training"]["rows"]] == [True, True, False]
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_thirty_times_also_while_saving_it_ends_as_if_it_never_was(quick):
+    """Every other kill comes while the checkpoint is being written: the parent watches for the half-written file."""
+    rng, killed = np.random.default_rng(), also(quick, out=quick.out.parent / "killed", resume=True)
+    path, steps, halves = killed.out / "upsample-256.pt", 150, 0
+    began = time.time()
+    train.train("upsample-256", also(quick, steps=steps, save_every=1), CPU)
+    a_step = (time.time() - began) / steps
+    stamp = lambda file: file.stat().st_mtime_ns if file.exists() else 0
+    for kill in range(30):
+        child = fork.Process(target=train.train, args=("upsample-256", also(killed, steps=steps, save_every=1), CPU))
+        before = stamp(path)
+        child.start()
+        while child.is_alive() and stamp(path) == before:  # one step on: never is nothing done
+            time.sleep(0.0005)
+        if kill % 2:
+            while child.is_alive() and not path.with_suffix(".part").exists():
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.002))
+        else:
+            time.sleep(rng.uniform(0, 2 * a_step))
+        assert child.is_alive(), f"done before kill {kill}"
+        child.kill()
+        child.join()
+        halves += path.with_suffix(".part").exists()
+        assert final(killed)["training"]["step"] > 0  # readable
+    assert halves >= 5
+    train.train("upsample-256", also(killed, steps=steps, save_every=1), CPU)
+    assert_same_end(quick, killed)
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+def test_the_held_out_loss_is_of_the_same_batches_each_time(quick):
+    """With the learning rate at nothing the EMA stays as it is: so does its loss, while the training loss goes with the batch."""
+    train.train("upsample-256", also(quick, steps=6, learning_rate=1e-12), CPU)
+    rows = final(quick)["training"]["rows"]
+    held_out = [row[3] for row in rows if row[3] is not None]
+    assert len(held_out) == 3 and np.ptp(held_out) < 1e-6 and np.ptp([row[1] for row in rows]) > 1e-3
+    with open(quick.out / "upsample-256.csv") as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["held_out_loss"]) for row in read if row["held_out_loss"]] == held_out
+    assert [row["step"] for row in read if not row["held_out_loss"]] == ["3"]
+    colours = {colour for _, colour in Image.open(quick.out / "upsample-256-loss.png").getcolors(1 << 16)}
+    assert {(65, 105, 225), (255, 140, 0)} <= colours
+
+
+@torch.no_grad()
+def test_the_held_out_loss_is_the_emas(quick):
+    """Measured here over again."""
+    with torch.enable_grad():
+        train.train("upsample-256", also(quick, steps=8, learning_rate=0.02), CPU)
+    checkpoint, losses = final(quick), []
+    model = upsample.Upsampler(TINY[upsample][256]).eval()
+    model.load_state_dict(checkpoint["model"])
+    for k in range(train.VALIDATION):
+        with train.NoiseByRow(3, k, range(4), held_out=True):
+            losses.append(float(upsample.upsampler_loss(model, *Noise("", train.Recipe(4, 1, 1), 3, None, split="validation")[k])))
+    assert checkpoint["training"]["rows"][-1][3] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_training_would_take(tiny, monkeypatch, capsys, tmp_path):  # noqa: F811
+    monkeypatch.setitem(train.RECIPES, "shapes", {s: train.Recipe(8, 1000, 1e-3, at_once=8 if s == "clip" else 4) for s in train.STAGES})
+    run(train, monkeypatch, "all", "--dry-run", "--out", tmp_path / "runs", "--workers", 0, "--device", "cpu")
+    lines, figure = capsys.readouterr().out.splitlines(), lambda pattern, line: float(re.search(pattern, line)[1])
+    assert [line.split(":")[0] for line in lines] == list(train.STAGES) and not (tmp_path / "runs").exists()
+    for line in lines:
+        assert figure(r"([\d.e+-]+) images/s", line) * figure(r"([\d.e+-]+) hours", line) * 3600 == pytest.approx(8000, rel=0.02)
+    model = upsample.Upsampler(TINY[upsample][256])
+    n = sum(p.numel() for p in model.parameters())
+    assert figure(r"([\d.]+) M parameters", lines[4]) == pytest.approx(n / 1e6, abs=0.05)
+    assert figure(r"moments, EMA ([\d.]+)", lines[4]) == pytest.approx(20 * n / 1e9, abs=0.005)
+    assert "of 4 rows" in lines[4] and "CLIP, z_i" in lines[3] and "CLIP, z_i" not in lines[4]
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    run(train, monkeypatch, "upsample-256", "--dry-run", "--out", tmp_path / "runs", "--device", "cpu")
+    assert "too much for this machine: not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_every_batch_of_the_laptop_can_be_cut_and_clips_is_not(stage):
+    recipe = train.RECIPES["laptop"][stage]
+    assert recipe.batch_size % min(recipe.at_once, recipe.batch_size) == 0 and (stage != "clip" or recipe.at_once >= recipe.batch_size)
