@@ -16,17 +16,24 @@ import argparse
 import contextlib
 import copy
 import csv
+import hashlib
+import io
+import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -238,6 +245,291 @@ def corpus(n=2000, seed=0):
     return [describe(s, what_to_say(s, rng), rng) for s in scenes]
 
 
+# ----------------------------------------------------------------------------- a folder of captioned pictures
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SMALLEST, LONGEST = 64, 10_000  # pixels a side, characters of a caption: what is outside is left out
+BUFFER = 10_000                 # pictures among which a shard's are shuffled
+VALIDATION = 0.03               # the share of the pictures that is held out
+
+
+class TooFew(UserError):
+    """A stage that these pictures are too few or too small for: `all` goes on without it."""
+
+
+class Texts:
+    """Strings in one piece of memory: a hundred thousand captions need not be as many objects. texts[k] is the k-th."""
+
+    def __init__(self, texts):
+        raw = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.raw, self.ends = b"".join(raw), np.cumsum([0, *map(len, raw)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, k):
+        return self.raw[self.ends[k]:self.ends[k + 1]].decode("utf-8", "surrogateescape")
+
+
+class Pictures:
+    """What a folder holds, whatever its layout: picture k is some bytes of a file, and has one caption or more.
+
+    places (n, 4): the number of its file in `files`, offset and length of its bytes there, the file's time. Its captions are
+    numbers first[k] … first[k + 1] − 1 of `captions`. sides (n,): pixels of its shorter side. mark: sixteen hex digits that
+    name this set, by names, captions and bytes.
+    """
+
+    def __init__(self, root, rows, sides=None, sums=None):
+        numbers, self.root, self.sides = {}, root, sides
+        places = [(numbers.setdefault(file, len(numbers)), *place) for _, (file, *place), _ in rows]
+        self.files, self.places = Texts(numbers), np.array(places, np.int64).reshape(-1, 4)
+        self.names, self.captions = Texts(row[0] for row in rows), Texts(c for row in rows for c in row[2])
+        self.first = np.cumsum([0, *(len(row[2]) for row in rows)])
+        digest = hashlib.sha256(self.names.raw + self.captions.raw + self.first.tobytes())
+        digest.update((self.places if sums is None else sums).tobytes())  # before the bytes are read, where and when they are
+        self.mark = digest.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, k):
+        """The bytes of picture k."""
+        file, offset, size, _ = self.places[k].tolist()
+        return read_part(os.path.join(self.root, self.files[file]), offset, size)
+
+    def picture(self, k, side):
+        """Picture k, RGB, side × side: its shorter side scaled, its middle cut out. Raises UserError."""
+        return ImageOps.fit(clip_embed.open_picture(self.names[k], self.read(k), side), (side, side), Image.Resampling.BICUBIC)
+
+    def tensor(self, k, side):
+        """The same as uint8 (3, side, side)."""
+        return to_tensor(self.picture(k, side))
+
+    def check(self, k):
+        """(shorter side, CRC-32 of the bytes, what is wrong) of picture k, which is decoded for that."""
+        name, size = self.names[k], int(self.places[k, 2])
+        try:
+            if not 0 < size <= 1 << 28:
+                raise UserError(f"{name}: has {size:,} bytes")
+            data = self.read(k)
+            clip_embed.open_picture(name, data, SMALLEST)
+            width, height = Image.open(io.BytesIO(data)).size
+            if min(width, height) < SMALLEST:
+                raise UserError(f"{name}: {width}×{height} pixels, expected at least {SMALLEST} a side")
+            return min(width, height), zlib.crc32(data), ""
+        except UserError as error:
+            return 0, 0, str(error)
+        except Exception as error:  # a foreign file can make Pillow raise anything
+            return 0, 0, f"{name}: not a picture that can be read ({type(error).__name__})"
+
+    def rows(self, split="train", side=0):
+        """Numbers of the pictures of a split, "train" or "validation" (those whose names hash lowest), with `side` pixels or more."""
+        rank = np.argsort([zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in range(len(self))], kind="stable")
+        held_out = math.ceil(VALIDATION * len(self)) if len(self) > 1 else 0
+        rows = np.sort(rank[:held_out] if split == "validation" else rank[held_out:])
+        return rows[self.sides[rows] >= side]
+
+
+class Each(Dataset):
+    """of(0) … of(n − 1), for a DataLoader."""
+
+    def __init__(self, of, n):
+        self.of, self.n = of, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k):
+        return self.of(k)
+
+
+def read_part(path, offset, size):
+    """`size` bytes of a file, from `offset` on."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def leads_out(path):
+    """Whether a relative path, of any system, names something above where it starts."""
+    parts = path.replace("\\", "/").split("/")
+    return ".." in parts or not parts[0] or "\0" in path
+
+
+def read_shard(path):
+    """{name: (offset, length)} of the files in a .tar, from the headers alone. Raises UserError.
+
+    A header has 512 bytes, numbers in octal: the name from byte 0, what stands before it from 345; the length from 124; the
+    sum of all bytes, its own as blanks, from 148; the kind at 156. The file follows, filled up to a multiple of 512. A longer
+    name comes before, as a file of kind L (GNU) or in one of kind x (POSIX). An empty header ends the archive.
+    """
+    members, long, at, end = {}, None, 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while (header := file.read(512)) != bytes(512):
+            try:
+                size, total = (int(header[n:m].strip(b" \0") or b"0", 8) for n, m in ((124, 136), (148, 156)))
+            except ValueError:
+                size = total = -1
+            if size < 0 or sum(header) - sum(header[148:156]) + 8 * 32 != total or at + 512 + size > end:
+                raise UserError(f"{path}: damaged or truncated: no whole file begins at byte {at} of {end}")
+            kind = header[156:157]
+            if kind in b"Lx":
+                content = file.read(min(size, 1 << 16))
+                record = re.search(rb"(?:^|\n)\d+ path=([^\n]*)", content)
+                long = content if kind == b"L" else record and record[1]
+            elif kind in b"0\0":
+                parts = (header[345:500] * (header[257:263] == b"ustar\0"), header[:100])
+                name = (long or b"/".join(filter(None, (part.split(b"\0")[0] for part in parts)))).rstrip(b"\0")
+                name = name.decode("utf-8", "surrogateescape").removeprefix("./")
+                if leads_out(name):
+                    raise UserError(f"{path}: its member {name!r} leads out of the folder")
+                members[name] = at + 512, size
+            long = long if kind in b"Lx" else None
+            at += 512 + -(-size // 512) * 512
+            file.seek(at)
+    return members
+
+
+def read_metadata(path):
+    """(line number, file_name, text) of each line of a metadata.jsonl or metadata.csv. Raises UserError."""
+    def unique(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"there are two columns {twice[0]!r}")
+        return dict(pairs)
+
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True) if path.suffix == ".csv" else None
+    try:
+        if lines:
+            csv.field_size_limit(1 << 30)
+            columns = next(lines, [])
+            row = unique([(name, name) for name in columns])
+            row["file_name"], row["text"]
+            for row in lines:
+                if row and len(row) != len(columns):
+                    raise ValueError(f"{len(row)} fields for {len(columns)} columns")
+                if row:
+                    row = dict(zip(columns, row))
+                    yield lines.line_num, row["file_name"], row["text"]
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                row = json.loads(line, object_pairs_hook=unique)
+                yield number, row["file_name"], row["text"]
+    except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else "no object" if isinstance(error, TypeError) else error
+        raise UserError(f"{path}, line {lines.line_num if lines else number}: {reason}; expected the columns file_name and text, "
+                        "each once") from None
+
+
+def fault(caption):
+    """What is wrong with a caption, or None."""
+    if not isinstance(caption, str) or not caption:
+        return "its caption is empty"
+    if re.search("[\ud800-\udfff]", caption):  # what Python makes of bytes that are not UTF-8
+        return "its caption is not UTF-8"
+    return f"its caption has {len(caption):,} characters, more than {LONGEST:,}" if len(caption) > LONGEST else None
+
+
+def list_pictures(root):
+    """What a folder holds, no picture opened: ([[name, place, captions]], what is wrong, {suffix: files left alone}).
+
+    By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
+    the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
+    """
+    rows, wrong, told, others, metadata, folders = [], [], set(), Counter(), [], [""]
+    inside = lambda path: Path(os.path.realpath(path)).is_relative_to(root)
+
+    def add(row, caption, where):
+        reason = fault(caption)
+        if reason:
+            wrong.append(f"{where}: {reason}")
+            told.add(row[0])
+        else:
+            row[2].append(caption)
+
+    def take(found):
+        """Put down the pictures of {name: (file, offset, length, time)}, one folder's or shard's, with what its texts say."""
+        for name, place in found.items():
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in SUFFIXES:
+                others[suffix.lower()] += suffix not in (".txt", ".json")
+                continue
+            rows.append([name, place, []])
+            file, offset, size, _ = found.get(stem + ".txt", (None,) * 4)
+            if file:
+                text = read_part(os.path.join(root, file), offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape")
+                for caption in [line.strip() for line in text.splitlines() if line.strip()] or [""]:
+                    add(rows[-1], caption, stem + ".txt")
+
+    while folders:
+        folder, found = folders.pop(), {}
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = folder + entry.name
+                if entry.is_symlink() and not inside(entry.path):
+                    raise UserError(f"{name!r} is a link that leads out of {root}")
+                if entry.name.startswith(".") or not entry.is_file():
+                    folders += [name + "/"] * (entry.is_dir(follow_symlinks=False) and entry.name[0] != ".")
+                elif entry.name in ("metadata.jsonl", "metadata.csv"):
+                    metadata.append(name)
+                elif name.endswith(".tar"):
+                    time_ns = entry.stat().st_mtime_ns
+                    take({f"{name}/{member}": (name, *place, time_ns) for member, place in read_shard(entry.path).items()})
+                else:
+                    found[name] = name, 0, entry.stat().st_size, entry.stat().st_mtime_ns
+        take(found)
+    by_name = {row[0]: row for row in rows} if metadata else {}
+    for name in metadata:
+        folder = name[:name.rfind("/") + 1]
+        for line, file_name, caption in read_metadata(Path(root, name)):
+            file_name = str(file_name).encode("utf-8", "replace").decode()
+            row = by_name.get(folder + file_name.removeprefix("./"))
+            if row:
+                add(row, " ".join(caption.split()) if isinstance(caption, str) else None, f"{name}, line {line}, {row[0]}")
+            elif leads_out(file_name) or not inside(os.path.join(root, folder, file_name)):
+                raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
+            else:
+                wrong.append(f"{name}, line {line}: {file_name}: no such picture")
+    wrong += [f"{row[0]}: has no caption" for row in rows if not row[2] and row[0] not in told]
+    return [row for row in rows if row[2]], wrong, others
+
+
+def gather(folder, out, workers):
+    """The Pictures of a folder that can be trained on: lists them, decodes each once (kept for the next time), says what is there.
+
+    What is left out is listed in out/skipped.txt. Raises UserError, also where nothing is left.
+    """
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise UserError(f"--data {folder}: no such folder")
+    rows, wrong, others = list_pictures(root)
+    data, checks = Pictures(root, rows), []
+    out.mkdir(parents=True, exist_ok=True)
+    cache = out / f"checked-{data.mark}.pt"
+    if cache.exists():
+        checks = torch.load(cache, weights_only=True)
+    elif rows:
+        loader = DataLoader(Each(data.check, len(data)), 64, collate_fn=list, num_workers=workers)
+        checks = [check for batch in tqdm(loader, desc="checking pictures", unit="batch") for check in batch]
+        save_atomically(checks, cache)
+    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in wrong + [reason for _, _, reason in checks if reason]]
+    (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
+    if wrong:
+        print(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ", file=sys.stderr)
+    if +others:
+        print("not read:", ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in (+others).items()), file=sys.stderr)
+    if not rows or all(reason for _, _, reason in checks):
+        raise UserError(f"--data {folder}: no picture with a caption is there{' that can be used' if wrong else ''}; expected pictures "
+                        "with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
+    sides, sums = np.array([check[:2] for check in checks if not check[2]], np.int64).T
+    data = Pictures(root, [row for row, check in zip(rows, checks) if not check[2]], sides, sums)
+    print(f"{folder}: {len(data):,} pictures with {len(data.captions):,} captions, shorter sides {sides.min():,} to "
+          f"{sides.max():,} pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
+    return data
+
+
 # ----------------------------------------------------------------------------- batches
 
 class Batches(Dataset):
@@ -274,6 +566,65 @@ class Batches(Dataset):
                 images += [to_tensor(render(s, 64)) for s in group]
                 captions += words
         return torch.stack(images[:self.batch_size]), captions[:self.batch_size]
+
+
+class FolderBatches(Dataset):
+    """Batch k of a stage's training on Pictures, as Batches is on the world of shapes; row n depends on (seed, k, n) alone.
+
+    Rows follow one endless order: in each epoch every picture of the split once, the files (pictures, or shards) in random
+    order, then all shuffled within BUFFER places: shards are read nearly as they lie on the disk. One caption is drawn each time.
+    rank r of `world` has the r-th part of every batch. No batch for clip has a picture or a caption twice.
+
+    clip: images (B, 3, H, W) uint8, H what the config says, and captions. priors: numbers of pictures, numbers of captions.
+    decoder: images, numbers of captions, numbers of pictures. upsamplers: (high, low) crops, one of each picture.
+    """
+
+    def __init__(self, data, stage, recipe, seed, config, split="train", rank=0, world=1):
+        self.data, self.stage, self.seed, self.config, self.batch_size = data, stage, seed, config, recipe.batch_size
+        self.side, self.epoch = getattr(config, "image_size", 0), None
+        self.rows = data.rows(split, self.side if stage.startswith("upsample") else 0)
+        if stage == "clip":
+            distinct = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
+            most = min(len(self.rows), len(distinct))
+            if most < self.batch_size and split == "train":
+                raise UserError(f"{stage}: batches of {self.batch_size} different pictures and captions cannot be made of "
+                                f"{len(self.rows)} and {len(distinct)}: --batch-size {most}")
+            self.batch_size = min(most, self.batch_size)
+        self.mine = range(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
+
+    def where(self, position):
+        """Which of `rows` stands at a position of the endless order."""
+        epoch, within = divmod(position, len(self.rows))
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, 1 << 42, epoch])
+            files = self.data.places[self.rows, 0]
+            order = np.argsort(rng.permutation(files.max() + 1)[files], kind="stable")
+            self.epoch, self.order = epoch, order[np.argsort(np.arange(len(order)) + rng.uniform(0, BUFFER, len(order)))]
+        return self.order[within]
+
+    def __getitem__(self, k):
+        data, numbers, captions, crops, taken = self.data, [], [], [], set()
+        for n in range(self.batch_size) if self.stage == "clip" else self.mine:  # clip: what the other ranks have is taken too
+            rng, start = np.random.default_rng([self.seed, k, n]), self.where(k * self.batch_size + n)
+            for j in range(len(self.rows)):
+                number = int(self.rows[(start + j) % len(self.rows)])
+                caption = int(rng.integers(*data.first[number:number + 2]))
+                if self.stage != "clip" or not taken & {number, data.captions[caption]}:
+                    break
+            taken |= {number, data.captions[caption]}
+            if n in self.mine:
+                numbers.append(number)
+                captions.append(caption)
+                if self.stage.startswith("upsample"):
+                    crops.append(upsample.training_crops(data.picture(number, self.side), self.config, rng, 1))
+        if crops:
+            return tuple(torch.cat(part) for part in zip(*crops))
+        if not self.side:
+            return torch.tensor(numbers), torch.tensor(captions)
+        images = torch.stack([data.tensor(number, self.side) for number in numbers])
+        if self.stage == "clip":
+            return images, [data.captions[caption] for caption in captions]
+        return images, torch.tensor(captions), torch.tensor(numbers)
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
@@ -338,13 +689,23 @@ def clip_picture(model, batch, context):
     canvas = Image.new("RGB", (576, 512))
     canvas.paste(sheet, (64, 0))
     for k, image in enumerate(images):
-        canvas.paste(to_picture(image), (0, 64 * k))
+        canvas.paste(to_picture(image).resize((64, 64)), (0, 64 * k))
     return canvas
 
 
 @torch.no_grad()
 def read(captions, context):
-    """What the frozen CLIP says of captions: (text, null)."""
+    """What the frozen CLIP says of captions, or said of those with these numbers (embed): (text, null)."""
+    if "texts" in context:
+        texts, device = context["texts"], context["device"]
+        captions = torch.cat([captions, torch.tensor([len(texts["z_t"]) - 1])])  # the last of all is the empty one
+        begin, end = texts["ends"][captions], texts["ends"][captions + 1]
+        place = torch.arange(int((end - begin).max()))
+        mask = place < (end - begin)[:, None]  # (B, L)
+        place = (begin[:, None] + place).where(mask, 0)
+        text = {"tokens": texts["tokens"][place], "states": texts["states"][place], "z_t": texts["z_t"][captions], "mask": mask}
+        text = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in text.items()}
+        return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
     with torch.autocast(context["device"].type, enabled=False):
         return encode_captions(context["clip"], context["tokenizer"], captions)
 
@@ -357,37 +718,43 @@ def look(images, context):
 
 
 def captioned(context, count):
-    """z_i and freshly made captions, read, of `count` times 256 of the fixed scenes: for what is measured and not trained."""
-    batches = Batches("prior", Recipe(256, 0, 0), context["seed"], None)
+    """z_i and freshly drawn captions, read, of `count` times 256 pictures: for what is measured and not trained."""
+    batches = context["batches"]("prior", Recipe(256, 0, 0), context["seed"], None)
     for numbers, captions in (batches[(1 << 41) + k] for k in range(count)):
-        yield context["z_i"][numbers.to(context["device"])], read(captions, context)[0]
+        yield context["z_i"][numbers].to(context["device"]), read(captions, context)[0]
 
 
 def prior_loss(model, batch, context, loss=prior.prior_loss):
-    """A prior's loss of a batch of (numbers of scenes, captions)."""
-    return loss(model, context["z_i"][batch[0]], *read(batch[1], context))
+    """A prior's loss of a batch of (numbers of pictures, captions)."""
+    return loss(model, context["z_i"][batch[0]].to(context["device"]), *read(batch[1], context))
 
 
 def prior_picture(model, batch, context, sample=prior.sample):
-    """Eight of the scenes captioned, and under each the scenes of the fixed set nearest to three z_i drawn for its caption."""
+    """Eight of the pictures captioned, and under each those of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
-    rows = [numbers]
+    rows, known = [numbers], context["z_i"][:FIXED_SCENES].to(context["device"])
     for n in range(3):
         z_i = sample(model, *read(captions, context), seeds(len(captions), 8 * n))
-        rows.append((z_i @ context["z_i"].T).argmax(1).tolist())
-    pictures = [to_tensor(render(fixed_scene(context["seed"], n), 64)).float() / 127.5 - 1 for row in rows for n in row]
+        rows.append((z_i @ known.T).argmax(1).tolist())
+    pictures = [to_tensor(context["show"](n, 64)).float() / 127.5 - 1 for row in rows for n in row]
     return grid(pictures, len(numbers))
 
 
 def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions)."""
-    return decoder.decoder_loss(model, batch[0], look(batch[0], context), *read(batch[1], context))
+    """The decoder's loss of a batch of (images, captions), and of a folder the pictures' numbers: their z_i are known."""
+    return decoder.decoder_loss(model, batch[0], seen(batch, context), *read(batch[1], context))
+
+
+def seen(batch, context):
+    """z_i of a batch for the decoder."""
+    return context["z_i"][batch[2]].to(context["device"]) if "z_i" in context else look(batch[0], context)
 
 
 def decoder_picture(model, batch, context):
     """Eight pictures above what the decoder makes of their z_i and captions."""
-    images, captions = batch[0][:8], batch[1][:8]
-    made = decoder.sample(model, look(images, context), *read(captions, context), seeds(len(images)), steps=25)
+    batch = [part[:8] for part in batch]
+    images, captions = batch[:2]
+    made = decoder.sample(model, seen(batch, context), *read(captions, context), seeds(len(images)), steps=25)
     return grid([*images, *made], len(images))
 
 
@@ -397,10 +764,10 @@ def upsampler_loss(model, batch, context):
 
 
 def upsampler_picture(model, batch, context):
-    """Two scenes, whole: the enlarged condition, what the upsampler makes of it, the truth."""
+    """Two pictures, whole: the enlarged condition, what the upsampler makes of it, the truth."""
     c, columns = model.config, []
-    for n in range(2):
-        truth = render(fixed_scene(context["seed"], n), c.image_size)
+    for n in context["shown"]:
+        truth = context["show"](n, c.image_size)
         low = to_tensor(truth.reduce(c.image_size // c.low_size))[None].to(batch[0].device).float() / 127.5 - 1
         enlarged = torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")
         columns += [enlarged[0], upsample.sample(model, low, seeds(1))[0], to_tensor(truth).float() / 127.5 - 1]
@@ -466,7 +833,8 @@ def train(stage, args, device):
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
     torch.manual_seed(args.seed)
     context, extra = prepare(args, device)
-    context |= {"device": device, "seed": args.seed}
+    context |= source(args, device)
+    extra["data"] = args.data and args.data.mark
     config = context["config"]
     model = build(config).to(device, memory_format=torch.channels_last)
     if args.init and not path.exists():
@@ -486,9 +854,9 @@ def train(stage, args, device):
         if state is None or checkpoint["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
-            if (state | checkpoint)[name] != value:
+            if (state | checkpoint).get(name) != value:
                 raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
-                                f"{(state | checkpoint)[name]!s:.40}, not {value!s:.40}")
+                                f"{(state | checkpoint).get(name)!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -500,7 +868,7 @@ def train(stage, args, device):
             "recipe": asdict(recipe), "seed": args.seed}}, path)
 
     low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
-    loader = DataLoader(Batches(stage, recipe, args.seed, config), batch_size=None,
+    loader = DataLoader(context["batches"](stage, recipe, args.seed, config), batch_size=None,
                         sampler=range(start, recipe.steps), num_workers=args.workers, prefetch_factor=4 if args.workers else None)
     bar = tqdm(loader, desc=stage, initial=start, total=recipe.steps, unit="step", dynamic_ncols=True)
     began, seen = time.time(), 0
@@ -548,31 +916,78 @@ def attention_kernel(device, low):
 
 # What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
 
+def source(args, device):
+    """What trains every stage: the class of its batches, and how to draw picture `number` with `side` pixels."""
+    make = partial(FolderBatches, args.data) if args.data else Batches
+    show = args.data.picture if args.data else lambda number, side: render(fixed_scene(args.seed, number), side)
+    return {"device": device, "seed": args.seed, "batches": make, "show": show}
+
+
 def prepare_clip(args, device):
-    """The tokenizer, its merges learned from the world's captions, and a config that fits it."""
-    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(corpus()))
+    """The tokenizer, its merges learned from two thousand captions, and a config that fits it."""
+    captions = args.data and [args.data.captions[k] for k in range(0, len(args.data.captions), -(-len(args.data.captions) // 2000))]
+    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(captions or corpus()))
     config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
     return {"tokenizer": tokenizer, "config": config}, {"merges": [" ".join(m) for m in tokenizer.merges]}
 
 
 def frozen_clip(args, device):
-    """The CLIP of --clip, or the one that was trained in the same folder."""
+    """The CLIP of --clip, or the one that was trained in the same folder; of a folder's pictures, all that it says of them."""
     clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
-    context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
-    return context, {"clip": clip_embed.fingerprint(clip)}
+    context = {"clip": clip.to(device), "tokenizer": tokenizer, **source(args, device)}
+    mark = clip_embed.fingerprint(clip)
+    if args.data:
+        context |= embed(args.data, context, args.out / f"cache-{args.data.mark}-{mark}", args.workers)
+    return context, {"clip": mark}
+
+
+def embed(data, context, folder, workers):
+    """z_i of every picture and the text of every caption, as `context` has them, memory-mapped from .npy files in `folder`.
+
+    z_i (pictures, d); of caption k z_t[k] and rows ends[k] … ends[k + 1] − 1 of tokens and states (half precision), the empty
+    caption being the last. Computed once: the folder's name tells data and CLIP, and it gets that name when all is written.
+    """
+    def load():
+        texts = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in shapes}
+        return {"z_i": texts.pop("z_i"), "texts": texts}
+
+    part, c, captions = folder.with_suffix(".part"), context["clip"].config, [*data.captions, ""]
+    lengths, n = [min(len(context["tokenizer"].encode(caption)) + 2, c.context_length) for caption in captions], len(captions)
+    shapes = {"z_i": ("<f4", (len(data), c.embed_dim)), "ends": ("<i8", (n + 1,)), "tokens": ("<i8", (sum(lengths),)),
+              "states": ("<f2", (sum(lengths), c.text_width)), "z_t": ("<f4", (n, c.embed_dim))}
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        return load()
+    shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(part / f"{name}.npy", "wb")) for name in shapes}
+        put = lambda name, values: files[name].write(np.asarray(values.cpu(), shapes[name][0]).tobytes())
+        for name, (kind, shape) in shapes.items():  # written, not mapped: a full disk is then an error and no crash
+            np.lib.format.write_array_header_1_0(files[name], {"descr": kind, "fortran_order": False, "shape": shape})
+        put("ends", torch.tensor([0, *lengths]).cumsum(0))
+        pictures = DataLoader(Each(partial(data.tensor, side=c.image_size), len(data)), 64, num_workers=workers)
+        for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
+            put("z_i", look(to_device([images], context["device"])[0], context))
+        for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
+            text, _ = read(captions[first:first + 256], context)
+            put("tokens", text["tokens"][text["mask"]]), put("states", text["states"][text["mask"]]), put("z_t", text["z_t"])
+    os.replace(part, folder)
+    return load()
 
 
 def prepare_prior(args, device):
     """CLIP, and z_i of the fixed set of scenes: computed once, then read from a file named by what they depend on."""
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
+    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
+    if args.data:
+        return context | {"config": config}, extra
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
     if not cache.exists():
         loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
                             sampler=range(-(-FIXED_SCENES // 256)), num_workers=args.workers)
         save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context).cpu()
                                    for images in tqdm(loader, desc="z_i of the priors' scenes", unit="batch")]), cache)
-    config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
     return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
 
 
@@ -582,7 +997,7 @@ def prepare_ar_prior(args, device):
     try:
         codes = prior.fit_codes(context["z_i"], config.buckets)
     except ValueError as error:
-        raise UserError(f"z_i of the priors' {len(context['z_i'])} scenes: {error}") from None
+        raise TooFew(f"ar-prior: z_i of {len(context['z_i'])} pictures: {error}") from None
     dots = torch.cat([(z_i * text["z_t"]).sum(1) for z_i, text in captioned(context, 16)])
     codes["dot_edges"], _ = prior.quantile_buckets(dots.cpu(), config.buckets)
     c = context["config"]
@@ -599,14 +1014,20 @@ def prepare_decoder(args, device):
 
 
 def prepare_upsampler(args, device, size):
-    """An upsampler needs nothing else."""
-    return {"config": upsample.PRESETS[args.preset][size]}, {}
+    """An upsampler needs nothing but pictures that are large enough; samples show those held out, if some are. Raises TooFew."""
+    config, shown = upsample.PRESETS[args.preset][size], (0, 1)
+    if args.data:
+        large, least = args.data.rows("train", size), args.batch_size or RECIPES[args.preset][f"upsample-{size}"].batch_size
+        if len(large) < least:
+            raise TooFew(f"upsample-{size}: {len(large)} pictures have {size} pixels a side, a batch takes {least}: stays untrained, "
+                         f"pictures end at {config.low_size}")
+        shown = [*args.data.rows("validation", size), *large][:2]
+    return {"config": config, "shown": shown}, {}
 
 
 def to_device(batch, device):
-    """Tensors to the device, uint8 pictures as floats in [-1, 1]; captions as they are."""
-    return tuple(part if isinstance(part, list) else part.to(device).float() / 127.5 - 1 if part.dtype == torch.uint8
-                 else part.to(device) for part in batch)
+    """uint8 pictures to the device, as floats in [-1, 1]; captions and numbers as they are."""
+    return tuple(part.to(device).float() / 127.5 - 1 if torch.is_tensor(part) and part.dtype == torch.uint8 else part for part in batch)
 
 
 # name: (what it needs, network, loss, sample picture)
@@ -648,6 +1069,8 @@ def main():
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
+    parser.add_argument("--data", metavar="FOLDER", help="train on these pictures, not on shapes: with a .txt of the same name each, "
+                        "with metadata.jsonl or metadata.csv (file_name, text), or .tar shards of pictures and .txt")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
     parser.add_argument("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's (see clip_embed.py), in "
                         "place of one trained here")
@@ -677,8 +1100,18 @@ def main():
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
-        for stage in stages if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
-            train(stage, args, device)
+            return
+        args.data = args.data and gather(args.data, args.out, args.workers)
+        if args.data and not args.init and len(args.data) < 1000:
+            print(f"{len(args.data)} pictures are too few to learn from scratch: thousands are needed, or --init CHECKPOINT to "
+                  "fine-tune", file=sys.stderr)
+        for stage in stages if args.stage == "all" else [args.stage]:
+            try:
+                train(stage, args, device)
+            except TooFew as error:
+                if args.stage != "all":
+                    raise
+                print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":
