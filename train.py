@@ -249,12 +249,12 @@ def corpus(n=2000, seed=0):
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 SMALLEST, LONGEST = 64, 10_000  # pixels a side, characters of a caption: what is outside is left out
-BUFFER = 10_000                 # pictures among which a shard's are shuffled
-VALIDATION = 0.03               # the share of the pictures that is held out
+BUFFER = 10_000                 # how many pictures, in order of their shards, are shuffled with one another
+VALIDATION_SHARE = 0.03
 
 
 class TooFew(UserError):
-    """A stage that these pictures are too few or too small for: `all` goes on without it."""
+    """These pictures are too few or too small for a stage: `all` goes on without it."""
 
 
 class Texts:
@@ -274,20 +274,19 @@ class Texts:
 class Pictures:
     """What a folder holds, whatever its layout: picture k is some bytes of a file, and has one caption or more.
 
-    places (n, 4): the number of its file in `files`, offset and length of its bytes there, the file's time. Its captions are
-    numbers first[k] … first[k + 1] − 1 of `captions`. sides (n,): pixels of its shorter side. mark: sixteen hex digits that
-    name this set, by names, captions and bytes.
+    rows: [name, (file, offset, length, time), captions] of each picture; its captions get the numbers first[k] … first[k + 1] − 1.
+    sides, sums: the shorter side in pixels and the CRC-32 of each, once they are known. mark: sixteen hex digits that name this
+    set, by its names, captions and bytes (or, before these were read, by where and when they lie).
     """
 
     def __init__(self, root, rows, sides=None, sums=None):
         numbers, self.root, self.sides = {}, root, sides
         places = [(numbers.setdefault(file, len(numbers)), *place) for _, (file, *place), _ in rows]
         self.files, self.places = Texts(numbers), np.array(places, np.int64).reshape(-1, 4)
-        self.names, self.captions = Texts(row[0] for row in rows), Texts(c for row in rows for c in row[2])
+        self.names, self.captions = Texts(row[0] for row in rows), Texts(caption for row in rows for caption in row[2])
         self.first = np.cumsum([0, *(len(row[2]) for row in rows)])
-        digest = hashlib.sha256(self.names.raw + self.captions.raw + self.first.tobytes())
-        digest.update((self.places if sums is None else sums).tobytes())  # before the bytes are read, where and when they are
-        self.mark = digest.hexdigest()[:16]
+        parts = (self.names.raw, self.captions.raw, self.captions.ends, self.first, self.places if sums is None else sums)
+        self.mark = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
     def __len__(self):
         return len(self.names)
@@ -301,46 +300,35 @@ class Pictures:
         """Picture k, RGB, side × side: its shorter side scaled, its middle cut out. Raises UserError."""
         return ImageOps.fit(clip_embed.open_picture(self.names[k], self.read(k), side), (side, side), Image.Resampling.BICUBIC)
 
-    def tensor(self, k, side):
-        """The same as uint8 (3, side, side)."""
-        return to_tensor(self.picture(k, side))
+    def tensors(self, numbers, side):
+        """Pictures as uint8 (B, 3, side, side)."""
+        return torch.stack([to_tensor(self.picture(k, side)) for k in numbers])
 
-    def check(self, k):
-        """(shorter side, CRC-32 of the bytes, what is wrong) of picture k, which is decoded for that."""
-        name, size = self.names[k], int(self.places[k, 2])
-        try:
-            if not 0 < size <= 1 << 28:
-                raise UserError(f"{name}: has {size:,} bytes")
-            data = self.read(k)
-            clip_embed.open_picture(name, data, SMALLEST)
-            width, height = Image.open(io.BytesIO(data)).size
-            if min(width, height) < SMALLEST:
-                raise UserError(f"{name}: {width}×{height} pixels, expected at least {SMALLEST} a side")
-            return min(width, height), zlib.crc32(data), ""
-        except UserError as error:
-            return 0, 0, str(error)
-        except Exception as error:  # a foreign file can make Pillow raise anything
-            return 0, 0, f"{name}: not a picture that can be read ({type(error).__name__})"
+    def check(self, numbers):
+        """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
+        checks = []
+        for k in numbers:
+            name, size, side, data = self.names[k], int(self.places[k, 2]), 0, b""
+            try:
+                data = self.read(k) if size <= 1 << 28 else data
+                clip_embed.open_picture(name, data, SMALLEST)
+                width, height = Image.open(io.BytesIO(data)).size
+                side, wrong = min(width, height), ""
+                if side < SMALLEST:
+                    wrong = f"{name}: {width}×{height} pixels, expected at least {SMALLEST} a side"
+            except UserError as error:
+                wrong = str(error) if data else f"{name}: has {size:,} bytes"
+            except Exception as error:  # a foreign file can make Pillow raise anything
+                wrong = f"{name}: not a picture that can be read ({type(error).__name__})"
+            checks.append((side, zlib.crc32(data), wrong))
+        return checks
 
-    def rows(self, split="train", side=0):
-        """Numbers of the pictures of a split, "train" or "validation" (those whose names hash lowest), with `side` pixels or more."""
-        rank = np.argsort([zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in range(len(self))], kind="stable")
-        held_out = math.ceil(VALIDATION * len(self)) if len(self) > 1 else 0
-        rows = np.sort(rank[:held_out] if split == "validation" else rank[held_out:])
-        return rows[self.sides[rows] >= side]
-
-
-class Each(Dataset):
-    """of(0) … of(n − 1), for a DataLoader."""
-
-    def __init__(self, of, n):
-        self.of, self.n = of, n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, k):
-        return self.of(k)
+    def rows(self, split, side=0):
+        """Numbers of the pictures with `side` pixels or more, of a split: "validation" has those whose names hash lowest."""
+        large = np.flatnonzero(self.sides >= side)
+        large = large[np.argsort([zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in large], kind="stable")]
+        held_out = math.ceil(VALIDATION_SHARE * len(large)) if len(large) > 1 else 0  # a single picture is in both
+        return np.sort(large[held_out:] if split == "train" else large[:max(1, held_out)])
 
 
 def read_part(path, offset, size):
@@ -367,24 +355,23 @@ def read_shard(path):
     with open(path, "rb") as file:
         while (header := file.read(512)) != bytes(512):
             try:
-                size, total = (int(header[n:m].strip(b" \0") or b"0", 8) for n, m in ((124, 136), (148, 156)))
+                size, total = int(header[124:136].strip(b" \0") or b"0", 8), int(header[148:156].strip(b" \0"), 8)
             except ValueError:
                 size = total = -1
-            if size < 0 or sum(header) - sum(header[148:156]) + 8 * 32 != total or at + 512 + size > end:
+            if size < 0 or sum(header[:148] + header[156:]) + 8 * 32 != total or at + 512 + size > end:
                 raise UserError(f"{path}: damaged or truncated: no whole file begins at byte {at} of {end}")
-            kind = header[156:157]
+            kind, name = header[156:157], header[:100].split(b"\0", 1)[0]
             if kind in b"Lx":
-                content = file.read(min(size, 1 << 16))
-                record = re.search(rb"(?:^|\n)\d+ path=([^\n]*)", content)
-                long = content if kind == b"L" else record and record[1]
+                name = file.read(min(size, 1 << 16))
+                record = re.search(rb"(?:^|\n)\d+ path=([^\n]*)", name)
+                long = name.rstrip(b"\0") if kind == b"L" else record and record[1]
             elif kind in b"0\0":
-                parts = (header[345:500] * (header[257:263] == b"ustar\0"), header[:100])
-                name = (long or b"/".join(filter(None, (part.split(b"\0")[0] for part in parts)))).rstrip(b"\0")
-                name = name.decode("utf-8", "surrogateescape").removeprefix("./")
+                if header[345] and header[257:263] == b"ustar\0":
+                    name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+                name, long = (long or name).decode("utf-8", "surrogateescape").removeprefix("./"), None
                 if leads_out(name):
                     raise UserError(f"{path}: its member {name!r} leads out of the folder")
                 members[name] = at + 512, size
-            long = long if kind in b"Lx" else None
             at += 512 + -(-size // 512) * 512
             file.seek(at)
     return members
@@ -393,34 +380,33 @@ def read_shard(path):
 def read_metadata(path):
     """(line number, file_name, text) of each line of a metadata.jsonl or metadata.csv. Raises UserError."""
     def unique(pairs):
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         if twice:
             raise ValueError(f"there are two columns {twice[0]!r}")
         return dict(pairs)
 
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True) if path.suffix == ".csv" else None
+    number, text = 1, path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        if lines:
-            csv.field_size_limit(1 << 30)
-            columns = next(lines, [])
-            row = unique([(name, name) for name in columns])
-            row["file_name"], row["text"]
-            for row in lines:
-                if row and len(row) != len(columns):
-                    raise ValueError(f"{len(row)} fields for {len(columns)} columns")
-                if row:
-                    row = dict(zip(columns, row))
-                    yield lines.line_num, row["file_name"], row["text"]
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    row = json.loads(line, object_pairs_hook=unique)
+                    yield number, row["file_name"], row["text"]
             return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                row = json.loads(line, object_pairs_hook=unique)
-                yield number, row["file_name"], row["text"]
+        csv.field_size_limit(1 << 30)
+        columns = next(lines, [])
+        row = unique([(name, name) for name in columns])
+        row["file_name"], row["text"]
+        for fields in filter(None, lines):
+            if len(fields) != len(columns):
+                raise ValueError(f"{len(fields)} fields for {len(columns)} columns")
+            row = dict(zip(columns, fields))
+            yield lines.line_num, row["file_name"], row["text"]
     except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else "no object" if isinstance(error, TypeError) else error
-        raise UserError(f"{path}, line {lines.line_num if lines else number}: {reason}; expected the columns file_name and text, "
-                        "each once") from None
+        raise UserError(f"{path}, line {number if path.suffix == '.jsonl' else lines.line_num}: {reason}; expected the columns "
+                        "file_name and text, each once") from None
 
 
 def fault(caption):
@@ -433,7 +419,7 @@ def fault(caption):
 
 
 def list_pictures(root):
-    """What a folder holds, no picture opened: ([[name, place, captions]], what is wrong, {suffix: files left alone}).
+    """What a folder holds, no picture opened: (rows for Pictures, what is wrong, {suffix: files left alone}).
 
     By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
     the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
@@ -442,8 +428,7 @@ def list_pictures(root):
     inside = lambda path: Path(os.path.realpath(path)).is_relative_to(root)
 
     def add(row, caption, where):
-        reason = fault(caption)
-        if reason:
+        if reason := fault(caption):
             wrong.append(f"{where}: {reason}")
             told.add(row[0])
         else:
@@ -456,9 +441,9 @@ def list_pictures(root):
             if suffix.lower() not in SUFFIXES:
                 others[suffix.lower()] += suffix not in (".txt", ".json")
                 continue
-            rows.append([name, place, []])
-            file, offset, size, _ = found.get(stem + ".txt", (None,) * 4)
-            if file:
+            rows.append((name, place, []))
+            if stem + ".txt" in found:
+                file, offset, size, _ = found[stem + ".txt"]
                 text = read_part(os.path.join(root, file), offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape")
                 for caption in [line.strip() for line in text.splitlines() if line.strip()] or [""]:
                     add(rows[-1], caption, stem + ".txt")
@@ -475,8 +460,8 @@ def list_pictures(root):
                 elif entry.name in ("metadata.jsonl", "metadata.csv"):
                     metadata.append(name)
                 elif name.endswith(".tar"):
-                    time_ns = entry.stat().st_mtime_ns
-                    take({f"{name}/{member}": (name, *place, time_ns) for member, place in read_shard(entry.path).items()})
+                    changed = entry.stat().st_mtime_ns
+                    take({f"{name}/{member}": (name, *place, changed) for member, place in read_shard(entry.path).items()})
                 else:
                     found[name] = name, 0, entry.stat().st_size, entry.stat().st_mtime_ns
         take(found)
@@ -485,8 +470,7 @@ def list_pictures(root):
         folder = name[:name.rfind("/") + 1]
         for line, file_name, caption in read_metadata(Path(root, name)):
             file_name = str(file_name).encode("utf-8", "replace").decode()
-            row = by_name.get(folder + file_name.removeprefix("./"))
-            if row:
+            if row := by_name.get(folder + file_name.removeprefix("./")):
                 add(row, " ".join(caption.split()) if isinstance(caption, str) else None, f"{name}, line {line}, {row[0]}")
             elif leads_out(file_name) or not inside(os.path.join(root, folder, file_name)):
                 raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
@@ -501,7 +485,7 @@ def gather(folder, out, workers):
 
     What is left out is listed in out/skipped.txt. Raises UserError, also where nothing is left.
     """
-    root = os.path.realpath(folder)
+    root, tell = os.path.realpath(folder), partial(print, file=sys.stderr)
     if not os.path.isdir(root):
         raise UserError(f"--data {folder}: no such folder")
     rows, wrong, others = list_pictures(root)
@@ -511,22 +495,23 @@ def gather(folder, out, workers):
     if cache.exists():
         checks = torch.load(cache, weights_only=True)
     elif rows:
-        loader = DataLoader(Each(data.check, len(data)), 64, collate_fn=list, num_workers=workers)
+        loader = DataLoader(range(len(data)), 64, collate_fn=data.check, num_workers=workers)
         checks = [check for batch in tqdm(loader, desc="checking pictures", unit="batch") for check in batch]
         save_atomically(checks, cache)
+    good = [k for k, (_, _, reason) in enumerate(checks) if not reason]
     wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in wrong + [reason for _, _, reason in checks if reason]]
     (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
     if wrong:
-        print(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ", file=sys.stderr)
+        tell(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ")
     if +others:
-        print("not read:", ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in (+others).items()), file=sys.stderr)
-    if not rows or all(reason for _, _, reason in checks):
+        tell("not read:", ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in (+others).items()))
+    if not good:
         raise UserError(f"--data {folder}: no picture with a caption is there{' that can be used' if wrong else ''}; expected pictures "
                         "with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
-    sides, sums = np.array([check[:2] for check in checks if not check[2]], np.int64).T
-    data = Pictures(root, [row for row, check in zip(rows, checks) if not check[2]], sides, sums)
-    print(f"{folder}: {len(data):,} pictures with {len(data.captions):,} captions, shorter sides {sides.min():,} to "
-          f"{sides.max():,} pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
+    sides, sums = np.array([checks[k][:2] for k in good], np.int64).T
+    data = Pictures(root, [rows[k] for k in good], sides, np.ascontiguousarray(sums))
+    tell(f"{folder}: {len(data):,} pictures with {len(data.captions):,} captions, shorter sides {sides.min():,} to {sides.max():,} "
+         "pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)))
     return data
 
 
@@ -569,62 +554,56 @@ class Batches(Dataset):
 
 
 class FolderBatches(Dataset):
-    """Batch k of a stage's training on Pictures, as Batches is on the world of shapes; row n depends on (seed, k, n) alone.
+    """Batches, but of Pictures: rows of batch k, those of process `rank` of `world`; row n depends on (seed, k, n) alone.
 
-    Rows follow one endless order: in each epoch every picture of the split once, the files (pictures, or shards) in random
-    order, then all shuffled within BUFFER places: shards are read nearly as they lie on the disk. One caption is drawn each time.
-    rank r of `world` has the r-th part of every batch. No batch for clip has a picture or a caption twice.
-
-    clip: images (B, 3, H, W) uint8, H what the config says, and captions. priors: numbers of pictures, numbers of captions.
-    decoder: images, numbers of captions, numbers of pictures. upsamplers: (high, low) crops, one of each picture.
+    Rows follow one endless order: each epoch has every picture of the split once, files (pictures, or shards) in random order,
+    then shuffled within BUFFER places, so that shards are read nearly as they lie on the disk. A caption is drawn each time.
+    clip: images (b, 3, H, W) uint8 of the config's size and captions, in no batch a picture or a caption twice (held-out ones
+    are as large as that allows). priors: numbers of pictures, and of captions. decoder: images, numbers of captions, and of
+    pictures. upsamplers: (high, low) crops, one of each picture.
     """
 
-    def __init__(self, data, stage, recipe, seed, config, split="train", rank=0, world=1):
+    def __init__(self, data, stage, recipe, seed, config, rank=0, world=1, split="train"):
         self.data, self.stage, self.seed, self.config, self.batch_size = data, stage, seed, config, recipe.batch_size
-        self.side, self.epoch = getattr(config, "image_size", 0), None
+        self.side, self.epoch, self.order = getattr(config, "image_size", 0), None, None
         self.rows = data.rows(split, self.side if stage.startswith("upsample") else 0)
         if stage == "clip":
-            distinct = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
-            most = min(len(self.rows), len(distinct))
-            if most < self.batch_size and split == "train":
-                raise UserError(f"{stage}: batches of {self.batch_size} different pictures and captions cannot be made of "
-                                f"{len(self.rows)} and {len(distinct)}: --batch-size {most}")
-            self.batch_size = min(most, self.batch_size)
-        self.mine = range(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
+            captions = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
+            most = min(len(self.rows), len(captions))
+            if most < recipe.batch_size and split == "train":
+                raise UserError(f"--batch-size {recipe.batch_size}: clip's batches hold nothing twice, and there are {len(self.rows):,} "
+                                f"pictures with {len(captions):,} different captions to train on: at most {most}")
+            self.batch_size = min(recipe.batch_size, max(1, most // world) * world)
+        self.own = range(self.batch_size * rank // world, self.batch_size * (rank + 1) // world)
 
     def where(self, position):
         """Which of `rows` stands at a position of the endless order."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, 1 << 42, epoch])
-            files = self.data.places[self.rows, 0]
+            rng, files = np.random.default_rng([self.seed, 1 << 42, epoch]), self.data.places[self.rows, 0]
             order = np.argsort(rng.permutation(files.max() + 1)[files], kind="stable")
             self.epoch, self.order = epoch, order[np.argsort(np.arange(len(order)) + rng.uniform(0, BUFFER, len(order)))]
         return self.order[within]
 
     def __getitem__(self, k):
-        data, numbers, captions, crops, taken = self.data, [], [], [], set()
-        for n in range(self.batch_size) if self.stage == "clip" else self.mine:  # clip: what the other ranks have is taken too
+        data, clip, taken, drawn = self.data, self.stage == "clip", set(), []
+        for n in range(self.batch_size) if clip else self.own:  # clip: what the other processes have is taken, too
             rng, start = np.random.default_rng([self.seed, k, n]), self.where(k * self.batch_size + n)
             for j in range(len(self.rows)):
                 number = int(self.rows[(start + j) % len(self.rows)])
                 caption = int(rng.integers(*data.first[number:number + 2]))
-                if self.stage != "clip" or not taken & {number, data.captions[caption]}:
+                if not clip or not taken & {number, data.captions[caption]}:
                     break
-            taken |= {number, data.captions[caption]}
-            if n in self.mine:
-                numbers.append(number)
-                captions.append(caption)
-                if self.stage.startswith("upsample"):
-                    crops.append(upsample.training_crops(data.picture(number, self.side), self.config, rng, 1))
-        if crops:
+            taken |= {number, data.captions[caption]} if clip else set()
+            drawn += [(number, caption, rng)] if n in self.own else []
+        numbers, captions, rngs = zip(*drawn)
+        if self.stage.startswith("upsample"):
+            crops = [upsample.training_crops(data.picture(number, self.side), self.config, rng, 1) for number, rng in zip(numbers, rngs)]
             return tuple(torch.cat(part) for part in zip(*crops))
-        if not self.side:
-            return torch.tensor(numbers), torch.tensor(captions)
-        images = torch.stack([data.tensor(number, self.side) for number in numbers])
-        if self.stage == "clip":
-            return images, [data.captions[caption] for caption in captions]
-        return images, torch.tensor(captions), torch.tensor(numbers)
+        if clip:
+            return data.tensors(numbers, self.side), [data.captions[caption] for caption in captions]
+        numbers, captions = torch.tensor(numbers), torch.tensor(captions)
+        return (data.tensors(numbers.tolist(), self.side), captions, numbers) if self.stage == "decoder" else (numbers, captions)
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
@@ -833,8 +812,7 @@ def train(stage, args, device):
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere with --out")
     torch.manual_seed(args.seed)
     context, extra = prepare(args, device)
-    context |= source(args, device)
-    extra["data"] = args.data and args.data.mark
+    context |= {"device": device, "seed": args.seed}
     config = context["config"]
     model = build(config).to(device, memory_format=torch.channels_last)
     if args.init and not path.exists():
@@ -917,28 +895,30 @@ def attention_kernel(device, low):
 # What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
 
 def source(args, device):
-    """What trains every stage: the class of its batches, and how to draw picture `number` with `side` pixels."""
-    make = partial(FolderBatches, args.data) if args.data else Batches
-    show = args.data.picture if args.data else lambda number, side: render(fixed_scene(args.seed, number), side)
-    return {"device": device, "seed": args.seed, "batches": make, "show": show}
+    """What every stage trains on: the class of its batches, how to draw picture `number` with `side` pixels, and data's mark."""
+    batches, show = Batches, lambda number, side: render(fixed_scene(args.seed, number), side)
+    if args.data:
+        batches, show = partial(FolderBatches, args.data), args.data.picture
+    return ({"device": device, "seed": args.seed, "batches": batches, "show": show}, {"data": args.data and args.data.mark})
 
 
 def prepare_clip(args, device):
     """The tokenizer, its merges learned from two thousand captions, and a config that fits it."""
+    context, extra = source(args, device)
     captions = args.data and [args.data.captions[k] for k in range(0, len(args.data.captions), -(-len(args.data.captions) // 2000))]
     tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(captions or corpus()))
     config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
-    return {"tokenizer": tokenizer, "config": config}, {"merges": [" ".join(m) for m in tokenizer.merges]}
+    return context | {"tokenizer": tokenizer, "config": config}, extra | {"merges": [" ".join(m) for m in tokenizer.merges]}
 
 
 def frozen_clip(args, device):
     """The CLIP of --clip, or the one that was trained in the same folder; of a folder's pictures, all that it says of them."""
-    clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
-    context = {"clip": clip.to(device), "tokenizer": tokenizer, **source(args, device)}
-    mark = clip_embed.fingerprint(clip)
+    (context, extra), (clip, tokenizer) = source(args, device), clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
+    context |= {"clip": clip.to(device), "tokenizer": tokenizer}
+    extra |= {"clip": clip_embed.fingerprint(clip)}
     if args.data:
-        context |= embed(args.data, context, args.out / f"cache-{args.data.mark}-{mark}", args.workers)
-    return context, {"clip": mark}
+        context |= embed(args.data, context, args.out / f"cache-{extra['data']}-{extra['clip']}", args.workers)
+    return context, extra
 
 
 def embed(data, context, folder, workers):
@@ -965,7 +945,7 @@ def embed(data, context, folder, workers):
         for name, (kind, shape) in shapes.items():  # written, not mapped: a full disk is then an error and no crash
             np.lib.format.write_array_header_1_0(files[name], {"descr": kind, "fortran_order": False, "shape": shape})
         put("ends", torch.tensor([0, *lengths]).cumsum(0))
-        pictures = DataLoader(Each(partial(data.tensor, side=c.image_size), len(data)), 64, num_workers=workers)
+        pictures = DataLoader(range(len(data)), 64, collate_fn=partial(data.tensors, side=c.image_size), num_workers=workers)
         for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
             put("z_i", look(to_device([images], context["device"])[0], context))
         for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
@@ -1015,14 +995,14 @@ def prepare_decoder(args, device):
 
 def prepare_upsampler(args, device, size):
     """An upsampler needs nothing but pictures that are large enough; samples show those held out, if some are. Raises TooFew."""
-    config, shown = upsample.PRESETS[args.preset][size], (0, 1)
+    (context, extra), config, shown = source(args, device), upsample.PRESETS[args.preset][size], (0, 1)
     if args.data:
         large, least = args.data.rows("train", size), args.batch_size or RECIPES[args.preset][f"upsample-{size}"].batch_size
         if len(large) < least:
             raise TooFew(f"upsample-{size}: {len(large)} pictures have {size} pixels a side, a batch takes {least}: stays untrained, "
                          f"pictures end at {config.low_size}")
         shown = [*args.data.rows("validation", size), *large][:2]
-    return {"config": config, "shown": shown}, {}
+    return context | {"config": config, "shown": shown}, extra
 
 
 def to_device(batch, device):
