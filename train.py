@@ -29,6 +29,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -249,91 +250,44 @@ def corpus(n=2000, seed=0):
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 SMALLEST, LONGEST = 64, 10_000  # pixels a side, characters of a caption: what is outside is left out
-BUFFER = 10_000                 # how many pictures, in order of their shards, are shuffled with one another
-VALIDATION_SHARE = 0.03
+BUFFER = 10_000                 # how many pictures, in the order of their shards, are shuffled with one another
 
 
 class TooFew(UserError):
     """These pictures are too few or too small for a stage: `all` goes on without it."""
 
 
-class Texts:
-    """Strings in one piece of memory: a hundred thousand captions need not be as many objects. texts[k] is the k-th."""
-
-    def __init__(self, texts):
-        raw = [text.encode("utf-8", "surrogateescape") for text in texts]
-        self.raw, self.ends = b"".join(raw), np.cumsum([0, *map(len, raw)])
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, k):
-        return self.raw[self.ends[k]:self.ends[k + 1]].decode("utf-8", "surrogateescape")
-
-
+@dataclass
 class Pictures:
-    """What a folder holds, whatever its layout: picture k is some bytes of a file, and has one caption or more.
-
-    rows: [name, (file, offset, length, time), captions] of each picture; its captions get the numbers first[k] … first[k + 1] − 1.
-    sides, sums: the shorter side in pixels and the CRC-32 of each, once they are known. mark: sixteen hex digits that name this
-    set, by its names, captions and bytes (or, before these were read, by where and when they lie).
-    """
-
-    def __init__(self, root, rows, sides=None, sums=None):
-        numbers, self.root, self.sides = {}, root, sides
-        places = [(numbers.setdefault(file, len(numbers)), *place) for _, (file, *place), _ in rows]
-        self.files, self.places = Texts(numbers), np.array(places, np.int64).reshape(-1, 4)
-        self.names, self.captions = Texts(row[0] for row in rows), Texts(caption for row in rows for caption in row[2])
-        self.first = np.cumsum([0, *(len(row[2]) for row in rows)])
-        parts = (self.names.raw, self.captions.raw, self.captions.ends, self.first, self.places if sums is None else sums)
-        self.mark = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, k):
-        """The bytes of picture k."""
-        file, offset, size, _ = self.places[k].tolist()
-        return read_part(os.path.join(self.root, self.files[file]), offset, size)
+    """What a folder holds, whatever its layout: picture k is some bytes of a file; captions first[k] … first[k + 1] − 1 are its."""
+    root: str
+    names: tuple
+    places: tuple       # (file, offset, length) of each picture's bytes
+    captions: list
+    first: np.ndarray   # (n + 1,)
+    sides: np.ndarray   # (n,) pixels of the shorter side
+    mark: str           # sixteen hex digits that name this set: names, captions and the pictures' bytes
 
     def picture(self, k, side):
         """Picture k, RGB, side × side: its shorter side scaled, its middle cut out. Raises UserError."""
-        return ImageOps.fit(clip_embed.open_picture(self.names[k], self.read(k), side), (side, side), Image.Resampling.BICUBIC)
+        picture = clip_embed.open_picture(self.names[k], read_part(self.root, *self.places[k]), side)
+        return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
 
     def tensors(self, numbers, side):
         """Pictures as uint8 (B, 3, side, side)."""
         return torch.stack([to_tensor(self.picture(k, side)) for k in numbers])
 
-    def check(self, numbers):
-        """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
-        checks = []
-        for k in numbers:
-            name, size, side, data = self.names[k], int(self.places[k, 2]), 0, b""
-            try:
-                data = self.read(k) if size <= 1 << 28 else data
-                clip_embed.open_picture(name, data, SMALLEST)
-                width, height = Image.open(io.BytesIO(data)).size
-                side, wrong = min(width, height), ""
-                if side < SMALLEST:
-                    wrong = f"{name}: {width}×{height} pixels, expected at least {SMALLEST} a side"
-            except UserError as error:
-                wrong = str(error) if data else f"{name}: has {size:,} bytes"
-            except Exception as error:  # a foreign file can make Pillow raise anything
-                wrong = f"{name}: not a picture that can be read ({type(error).__name__})"
-            checks.append((side, zlib.crc32(data), wrong))
-        return checks
-
     def rows(self, split, side=0):
-        """Numbers of the pictures with `side` pixels or more, of a split: "validation" has those whose names hash lowest."""
+        """Numbers of the pictures of a split with `side` pixels or more: "validation" is the 3% whose names hash lowest."""
         large = np.flatnonzero(self.sides >= side)
         large = large[np.argsort([zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in large], kind="stable")]
-        held_out = math.ceil(VALIDATION_SHARE * len(large)) if len(large) > 1 else 0  # a single picture is in both
+        held_out = math.ceil(0.03 * len(large)) if len(large) > 1 else 0  # a single picture is in both
         return np.sort(large[held_out:] if split == "train" else large[:max(1, held_out)])
 
 
-def read_part(path, offset, size):
+def read_part(root, file, offset, size):
     """`size` bytes of a file, from `offset` on."""
-    with open(path, "rb", buffering=0) as file:
+    with open(os.path.join(root, file), "rb", buffering=0) as file:
         file.seek(offset)
         return file.read(size)
 
@@ -379,34 +333,38 @@ def read_shard(path):
 
 def read_metadata(path):
     """(line number, file_name, text) of each line of a metadata.jsonl or metadata.csv. Raises UserError."""
+    number, columns, table = 1, [], path.suffix == ".csv"
+
+    def lines():
+        nonlocal number
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for number, line in enumerate(file, 1):
+                yield line
+
     def unique(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"there are two columns {twice[0]!r}")
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"there are two columns {name!r}")
         return dict(pairs)
 
-    number, text = 1, path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    def columns_of(line):
+        if len(line) != len(columns) and table:
+            raise ValueError(f"{len(line)} fields for {len(columns)} columns")
+        row = unique(list(zip(columns, line))) if table else json.loads(line, object_pairs_hook=unique)
+        return row["file_name"], row["text"]
+
     try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    row = json.loads(line, object_pairs_hook=unique)
-                    yield number, row["file_name"], row["text"]
-            return
         csv.field_size_limit(1 << 30)
-        columns = next(lines, [])
-        row = unique([(name, name) for name in columns])
-        row["file_name"], row["text"]
-        for fields in filter(None, lines):
-            if len(fields) != len(columns):
-                raise ValueError(f"{len(fields)} fields for {len(columns)} columns")
-            row = dict(zip(columns, fields))
-            yield lines.line_num, row["file_name"], row["text"]
+        rows = csv.reader(lines(), strict=True) if table else lines()
+        if table:
+            columns = next(rows, [])
+            columns_of(columns)
+        for line in rows:
+            if "".join(line).strip():
+                yield number, *columns_of(line)
     except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else "no object" if isinstance(error, TypeError) else error
-        raise UserError(f"{path}, line {number if path.suffix == '.jsonl' else lines.line_num}: {reason}; expected the columns "
-                        "file_name and text, each once") from None
+        raise UserError(f"{path}, line {number}: {reason}; expected the columns file_name and text, each once") from None
 
 
 def fault(caption):
@@ -419,34 +377,34 @@ def fault(caption):
 
 
 def list_pictures(root):
-    """What a folder holds, no picture opened: (rows for Pictures, what is wrong, {suffix: files left alone}).
+    """What a folder holds, no picture opened: ([(name, (file, offset, length), time, captions)], [what is left out, and why]).
 
     By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
     the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
     """
-    rows, wrong, told, others, metadata, folders = [], [], set(), Counter(), [], [""]
+    pictures, wrong, told, metadata, folders = {}, [], set(), [], [""]
     inside = lambda path: Path(os.path.realpath(path)).is_relative_to(root)
 
-    def add(row, caption, where):
+    def add(name, caption, where):
         if reason := fault(caption):
             wrong.append(f"{where}: {reason}")
-            told.add(row[0])
+            told.add(name)
         else:
-            row[2].append(caption)
+            pictures[name][3].append(caption)
 
     def take(found):
-        """Put down the pictures of {name: (file, offset, length, time)}, one folder's or shard's, with what its texts say."""
-        for name, place in found.items():
+        """Put down the pictures of {name: (place, time)}, one folder's or shard's, with what its texts say."""
+        for name, (place, changed) in found.items():
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in SUFFIXES:
-                others[suffix.lower()] += suffix not in (".txt", ".json")
-                continue
-            rows.append((name, place, []))
-            if stem + ".txt" in found:
-                file, offset, size, _ = found[stem + ".txt"]
-                text = read_part(os.path.join(root, file), offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape")
-                for caption in [line.strip() for line in text.splitlines() if line.strip()] or [""]:
-                    add(rows[-1], caption, stem + ".txt")
+            if suffix.lower() in SUFFIXES:
+                pictures[name] = name, place, changed, []
+                if stem + ".txt" in found:
+                    file, offset, size = found[stem + ".txt"][0]
+                    text = read_part(root, file, offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape")
+                    for caption in [line.strip() for line in text.splitlines() if line.strip()] or [""]:
+                        add(name, caption, stem + ".txt")
+            elif suffix not in (".txt", ".json"):
+                wrong.append(f"{name}: is none of {', '.join(SUFFIXES)}")
 
     while folders:
         folder, found = folders.pop(), {}
@@ -459,60 +417,74 @@ def list_pictures(root):
                     folders += [name + "/"] * (entry.is_dir(follow_symlinks=False) and entry.name[0] != ".")
                 elif entry.name in ("metadata.jsonl", "metadata.csv"):
                     metadata.append(name)
-                elif name.endswith(".tar"):
-                    changed = entry.stat().st_mtime_ns
-                    take({f"{name}/{member}": (name, *place, changed) for member, place in read_shard(entry.path).items()})
                 else:
-                    found[name] = name, 0, entry.stat().st_size, entry.stat().st_mtime_ns
+                    size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
+                    if name.endswith(".tar"):
+                        take({f"{name}/{part}": ((name, *place), changed) for part, place in read_shard(entry.path).items()})
+                    else:
+                        found[name] = (name, 0, size), changed
         take(found)
-    by_name = {row[0]: row for row in rows} if metadata else {}
     for name in metadata:
-        folder = name[:name.rfind("/") + 1]
         for line, file_name, caption in read_metadata(Path(root, name)):
-            file_name = str(file_name).encode("utf-8", "replace").decode()
-            if row := by_name.get(folder + file_name.removeprefix("./")):
-                add(row, " ".join(caption.split()) if isinstance(caption, str) else None, f"{name}, line {line}, {row[0]}")
-            elif leads_out(file_name) or not inside(os.path.join(root, folder, file_name)):
+            target = name[:name.rfind("/") + 1] + str(file_name).encode("utf-8", "replace").decode().removeprefix("./")
+            if target in pictures:
+                add(target, " ".join(caption.split()) if isinstance(caption, str) else None, f"{name}, line {line}, {target}")
+            elif leads_out(str(file_name)) or not inside(os.path.join(root, target)):
                 raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
             else:
-                wrong.append(f"{name}, line {line}: {file_name}: no such picture")
-    wrong += [f"{row[0]}: has no caption" for row in rows if not row[2] and row[0] not in told]
-    return [row for row in rows if row[2]], wrong, others
+                wrong.append(f"{name}, line {line}: {target}: no such picture")
+    wrong += [f"{name}: has no caption" for name, *_, captions in pictures.values() if not captions and name not in told]
+    return [row for row in pictures.values() if row[3]], wrong
+
+
+def check(root, rows):
+    """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
+    checks = []
+    for name, place, *_ in rows:
+        side, data, wrong = 0, b"", ""
+        try:
+            data = read_part(root, *place) if place[2] <= 1 << 28 else data
+            clip_embed.open_picture(name, data, SMALLEST)
+            side = min(Image.open(io.BytesIO(data)).size)
+            if side < SMALLEST:
+                wrong = f"{name}: its shorter side has {side} pixels, expected at least {SMALLEST}"
+        except UserError as error:
+            wrong = str(error) if data else f"{name}: has {place[2]:,} bytes"
+        except Exception as error:  # a foreign file can make Pillow raise anything
+            wrong = f"{name}: not a picture that can be read ({type(error).__name__})"
+        checks.append((side, zlib.crc32(data), wrong))
+    return checks
 
 
 def gather(folder, out, workers):
-    """The Pictures of a folder that can be trained on: lists them, decodes each once (kept for the next time), says what is there.
+    """The Pictures of a folder that can be trained on: listed, each decoded once (remembered in `out`), and summed up on stderr.
 
     What is left out is listed in out/skipped.txt. Raises UserError, also where nothing is left.
     """
-    root, tell = os.path.realpath(folder), partial(print, file=sys.stderr)
+    root, name_of = os.path.realpath(folder), lambda content: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     if not os.path.isdir(root):
         raise UserError(f"--data {folder}: no such folder")
-    rows, wrong, others = list_pictures(root)
-    data, checks = Pictures(root, rows), []
+    rows, wrong = list_pictures(root)
     out.mkdir(parents=True, exist_ok=True)
-    cache = out / f"checked-{data.mark}.pt"
-    if cache.exists():
-        checks = torch.load(cache, weights_only=True)
-    elif rows:
-        loader = DataLoader(range(len(data)), 64, collate_fn=data.check, num_workers=workers)
-        checks = [check for batch in tqdm(loader, desc="checking pictures", unit="batch") for check in batch]
-        save_atomically(checks, cache)
-    good = [k for k, (_, _, reason) in enumerate(checks) if not reason]
-    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in wrong + [reason for _, _, reason in checks if reason]]
+    cache = out / f"checked-{name_of([row[:3] for row in rows])}.pt"
+    if not cache.exists():
+        loader = DataLoader(rows, 64, collate_fn=partial(check, root), num_workers=workers) if rows else []
+        batches = tqdm(loader, desc="checking pictures", unit="batch")
+        save_atomically([part for batch in batches for part in batch], cache)
+    checks = torch.load(cache, weights_only=True)
+    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in wrong + [reason for *_, reason in checks if reason]]
     (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
     if wrong:
-        tell(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ")
-    if +others:
-        tell("not read:", ", ".join(f"{n:,} {suffix or 'without suffix'}" for suffix, n in (+others).items()))
+        print(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ", file=sys.stderr)
+    good = [(*row, *seen[:2]) for row, seen in zip(rows, checks) if not seen[2]]
     if not good:
-        raise UserError(f"--data {folder}: no picture with a caption is there{' that can be used' if wrong else ''}; expected pictures "
-                        "with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
-    sides, sums = np.array([checks[k][:2] for k in good], np.int64).T
-    data = Pictures(root, [rows[k] for k in good], sides, np.ascontiguousarray(sums))
-    tell(f"{folder}: {len(data):,} pictures with {len(data.captions):,} captions, shorter sides {sides.min():,} to {sides.max():,} "
-         "pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)))
-    return data
+        raise UserError(f"--data {folder}: no picture with a caption is there{' that can be used' if wrong else ''}; expected "
+                        "pictures with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
+    names, places, _, captions, sides, sums = zip(*good)
+    sides, first = np.array(sides), np.cumsum([0, *map(len, captions)])
+    print(f"{folder}: {len(names):,} pictures with {first[-1]:,} captions, shorter sides {sides.min():,} to {sides.max():,} pixels, "
+          + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
+    return Pictures(root, names, places, [*chain(*captions)], first, sides, name_of((names, captions, sums)))
 
 
 # ----------------------------------------------------------------------------- batches
@@ -564,24 +536,26 @@ class FolderBatches(Dataset):
     """
 
     def __init__(self, data, stage, recipe, seed, config, rank=0, world=1, split="train"):
-        self.data, self.stage, self.seed, self.config, self.batch_size = data, stage, seed, config, recipe.batch_size
-        self.side, self.epoch, self.order = getattr(config, "image_size", 0), None, None
+        self.data, self.stage, self.seed, self.config, B = data, stage, seed, config, recipe.batch_size
+        self.side = getattr(config, "image_size", 0)
         self.rows = data.rows(split, self.side if stage.startswith("upsample") else 0)
+        self.files = np.unique([data.places[k][0] for k in self.rows], return_inverse=True)[1]
+        self.epoch, self.order = None, None
         if stage == "clip":
             captions = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
             most = min(len(self.rows), len(captions))
-            if most < recipe.batch_size and split == "train":
-                raise UserError(f"--batch-size {recipe.batch_size}: clip's batches hold nothing twice, and there are {len(self.rows):,} "
-                                f"pictures with {len(captions):,} different captions to train on: at most {most}")
-            self.batch_size = min(recipe.batch_size, max(1, most // world) * world)
-        self.own = range(self.batch_size * rank // world, self.batch_size * (rank + 1) // world)
+            if most < B and split == "train":
+                raise UserError(f"--batch-size {B}: clip's batches hold nothing twice, and there are {len(self.rows):,} pictures with "
+                                f"{len(captions):,} different captions to train on: at most {most}")
+            B = min(B, max(1, most // world) * world)
+        self.batch_size, self.own = B, range(B * rank // world, B * (rank + 1) // world)
 
     def where(self, position):
         """Which of `rows` stands at a position of the endless order."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self.epoch:
-            rng, files = np.random.default_rng([self.seed, 1 << 42, epoch]), self.data.places[self.rows, 0]
-            order = np.argsort(rng.permutation(files.max() + 1)[files], kind="stable")
+            rng = np.random.default_rng([self.seed, 1 << 42, epoch])
+            order = np.argsort(rng.permutation(len(self.rows))[self.files], kind="stable")
             self.epoch, self.order = epoch, order[np.argsort(np.arange(len(order)) + rng.uniform(0, BUFFER, len(order)))]
         return self.order[within]
 
@@ -598,12 +572,12 @@ class FolderBatches(Dataset):
             drawn += [(number, caption, rng)] if n in self.own else []
         numbers, captions, rngs = zip(*drawn)
         if self.stage.startswith("upsample"):
-            crops = [upsample.training_crops(data.picture(number, self.side), self.config, rng, 1) for number, rng in zip(numbers, rngs)]
+            crops = [upsample.training_crops(data.picture(number, self.side), self.config, rng, 1) for number, _, rng in drawn]
             return tuple(torch.cat(part) for part in zip(*crops))
         if clip:
             return data.tensors(numbers, self.side), [data.captions[caption] for caption in captions]
-        numbers, captions = torch.tensor(numbers), torch.tensor(captions)
-        return (data.tensors(numbers.tolist(), self.side), captions, numbers) if self.stage == "decoder" else (numbers, captions)
+        images = [data.tensors(numbers, self.side)] if self.stage == "decoder" else []
+        return (*images, torch.tensor(captions), torch.tensor(numbers))[::1 if images else -1]
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
@@ -933,7 +907,7 @@ def embed(data, context, folder, workers):
 
     part, c, captions = folder.with_suffix(".part"), context["clip"].config, [*data.captions, ""]
     lengths, n = [min(len(context["tokenizer"].encode(caption)) + 2, c.context_length) for caption in captions], len(captions)
-    shapes = {"z_i": ("<f4", (len(data), c.embed_dim)), "ends": ("<i8", (n + 1,)), "tokens": ("<i8", (sum(lengths),)),
+    shapes = {"z_i": ("<f4", (len(data.names), c.embed_dim)), "ends": ("<i8", (n + 1,)), "tokens": ("<i8", (sum(lengths),)),
               "states": ("<f2", (sum(lengths), c.text_width)), "z_t": ("<f4", (n, c.embed_dim))}
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         return load()
@@ -945,7 +919,7 @@ def embed(data, context, folder, workers):
         for name, (kind, shape) in shapes.items():  # written, not mapped: a full disk is then an error and no crash
             np.lib.format.write_array_header_1_0(files[name], {"descr": kind, "fortran_order": False, "shape": shape})
         put("ends", torch.tensor([0, *lengths]).cumsum(0))
-        pictures = DataLoader(range(len(data)), 64, collate_fn=partial(data.tensors, side=c.image_size), num_workers=workers)
+        pictures = DataLoader(range(len(data.names)), 64, collate_fn=partial(data.tensors, side=c.image_size), num_workers=workers)
         for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
             put("z_i", look(to_device([images], context["device"])[0], context))
         for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
@@ -1082,8 +1056,8 @@ def main():
             export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
             return
         args.data = args.data and gather(args.data, args.out, args.workers)
-        if args.data and not args.init and len(args.data) < 1000:
-            print(f"{len(args.data)} pictures are too few to learn from scratch: thousands are needed, or --init CHECKPOINT to "
+        if args.data and not args.init and len(args.data.names) < 1000:
+            print(f"{len(args.data.names)} pictures are too few to learn from scratch: thousands are needed, or --init CHECKPOINT to "
                   "fine-tune", file=sys.stderr)
         for stage in stages if args.stage == "all" else [args.stage]:
             try:
