@@ -301,9 +301,9 @@ def leads_out(path):
 def read_shard(path):
     """{name: (offset, length)} of the files in a .tar, from the headers alone. Raises UserError.
 
-    A header has 512 bytes, numbers in octal: the name from byte 0, what stands before it from 345; the length from 124; the
-    sum of all bytes, its own as blanks, from 148; the kind at 156. The file follows, filled up to a multiple of 512. A longer
-    name comes before, as a file of kind L (GNU) or in one of kind x (POSIX). An empty header ends the archive.
+    A header has 512 bytes, numbers in octal: the name at 0, what stands before it at 345; the length at 124; the sum of all
+    bytes, its own as blanks, at 148; the kind at 156. The file follows, filled up to a multiple of 512. A longer name comes
+    before, as a file of kind L (GNU) or in one of kind x (POSIX). An empty header ends the archive.
     """
     members, long, at, end = {}, None, 0, os.path.getsize(path)
     with open(path, "rb") as file:
@@ -333,127 +333,106 @@ def read_shard(path):
 
 def read_metadata(path):
     """(line number, file_name, text) of each line of a metadata.jsonl or metadata.csv. Raises UserError."""
-    number, columns, table = 1, [], path.suffix == ".csv"
-
-    def lines():
-        nonlocal number
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for number, line in enumerate(file, 1):
-                yield line
-
-    def unique(pairs):
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"there are two columns {name!r}")
-        return dict(pairs)
-
-    def columns_of(line):
-        if len(line) != len(columns) and table:
-            raise ValueError(f"{len(line)} fields for {len(columns)} columns")
-        row = unique(list(zip(columns, line))) if table else json.loads(line, object_pairs_hook=unique)
-        return row["file_name"], row["text"]
-
-    try:
-        csv.field_size_limit(1 << 30)
-        rows = csv.reader(lines(), strict=True) if table else lines()
-        if table:
-            columns = next(rows, [])
-            columns_of(columns)
-        for line in rows:
-            if "".join(line).strip():
-                yield number, *columns_of(line)
-    except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
-        reason = f"no column {error}" if isinstance(error, KeyError) else "no object" if isinstance(error, TypeError) else error
-        raise UserError(f"{path}, line {number}: {reason}; expected the columns file_name and text, each once") from None
+    table, number, columns = path.suffix == ".csv", 0, None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, strict=True) if table else file
+        try:
+            csv.field_size_limit(1 << 30)
+            for number, line in enumerate(lines, 1):
+                if "".join(line).strip():
+                    columns, title = columns or line, table and not columns
+                    pairs = list(zip(columns, line)) if table else json.loads(line, object_pairs_hook=list)
+                    row = dict(pairs)
+                    if len(row) < len(pairs) or table and len(line) != len(columns):
+                        raise ValueError("two columns have one name" if len(row) < len(pairs) else f"{len(line)} fields for {len(columns)} columns")
+                    found = lines.line_num if table else number, row["file_name"], row["text"]
+                    if not title:
+                        yield found
+        except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
+            reason = {KeyError: f"no column {error}", TypeError: "no object"}.get(type(error), error)
+            raise UserError(f"{path}, line {lines.line_num if table else number}: {reason}; expected the columns file_name and text, "
+                            "each once") from None
 
 
-def fault(caption):
-    """What is wrong with a caption, or None."""
-    if not isinstance(caption, str) or not caption:
-        return "its caption is empty"
-    if re.search("[\ud800-\udfff]", caption):  # what Python makes of bytes that are not UTF-8
-        return "its caption is not UTF-8"
-    return f"its caption has {len(caption):,} characters, more than {LONGEST:,}" if len(caption) > LONGEST else None
+def list_files(root):
+    """{name: ((file, offset, length), time)} of all that lies in a folder, its subfolders and .tar shards. Raises UserError."""
+    found, folders = {}, [""]
+    while folders:
+        folder = folders.pop()
+        for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
+            name = folder + entry.name
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                raise UserError(f"{name!r} is a link that leads out of {root}")
+            if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
+                folders.append(name + "/")
+            elif entry.is_file() and entry.name[0] != ".":
+                size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
+                found[name] = (name, 0, size), changed
+                for part, place in read_shard(entry.path).items() if name.endswith(".tar") else ():
+                    found[f"{name}/{part}"] = (name, *place), changed
+    return found
 
 
 def list_pictures(root):
-    """What a folder holds, no picture opened: ([(name, (file, offset, length), time, captions)], [what is left out, and why]).
+    """The captioned pictures of a folder, unopened: ([(name, place, time, captions)], [what is left out, and why]).
 
     By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
     the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
     """
-    pictures, wrong, told, metadata, folders = {}, [], set(), [], [""]
-    inside = lambda path: Path(os.path.realpath(path)).is_relative_to(root)
+    found, told, wrong = list_files(root), set(), []
+    pictures = {name: (name, *place, []) for name, place in found.items() if name.lower().endswith(SUFFIXES)}
 
-    def add(name, caption, where):
-        if reason := fault(caption):
+    def said():
+        """(picture, caption, where that stands)"""
+        for name in pictures:
+            text = os.path.splitext(name)[0] + ".txt"
+            if text in found:
+                file, offset, size = found[text][0]
+                lines = read_part(root, file, offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape").splitlines()
+                yield from ((name, line, text) for line in [*filter(str.strip, lines)] or [""])
+        for name in found:
+            if name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv") and not found[name][0][1]:  # not in a shard
+                for line, file_name, caption in read_metadata(Path(root, name)):
+                    file_name = str(file_name).encode("utf-8", "replace").decode()
+                    picture = "".join(name.rpartition("/")[:2]) + file_name.removeprefix("./")
+                    path = os.path.realpath(os.path.join(root, picture)) if picture not in found and not leads_out(file_name) else root
+                    if leads_out(file_name) or not Path(path).is_relative_to(root):
+                        raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
+                    yield picture, caption, f"{name}, line {line}, {picture}"
+
+    for name, caption, where in said():
+        caption = " ".join(caption.split()) if isinstance(caption, str) else ""
+        reason = ("no such picture" if name not in pictures else "its caption is empty" if not caption else
+                  "its caption is not UTF-8" if re.search("[\ud800-\udfff]", caption) else  # what Python makes of such bytes
+                  f"its caption has {len(caption):,} characters, more than {LONGEST:,}" if len(caption) > LONGEST else "")
+        if reason:
             wrong.append(f"{where}: {reason}")
             told.add(name)
         else:
             pictures[name][3].append(caption)
-
-    def take(found):
-        """Put down the pictures of {name: (place, time)}, one folder's or shard's, with what its texts say."""
-        for name, (place, changed) in found.items():
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
-                pictures[name] = name, place, changed, []
-                if stem + ".txt" in found:
-                    file, offset, size = found[stem + ".txt"][0]
-                    text = read_part(root, file, offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape")
-                    for caption in [line.strip() for line in text.splitlines() if line.strip()] or [""]:
-                        add(name, caption, stem + ".txt")
-            elif suffix not in (".txt", ".json"):
-                wrong.append(f"{name}: is none of {', '.join(SUFFIXES)}")
-
-    while folders:
-        folder, found = folders.pop(), {}
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = folder + entry.name
-                if entry.is_symlink() and not inside(entry.path):
-                    raise UserError(f"{name!r} is a link that leads out of {root}")
-                if entry.name.startswith(".") or not entry.is_file():
-                    folders += [name + "/"] * (entry.is_dir(follow_symlinks=False) and entry.name[0] != ".")
-                elif entry.name in ("metadata.jsonl", "metadata.csv"):
-                    metadata.append(name)
-                else:
-                    size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
-                    if name.endswith(".tar"):
-                        take({f"{name}/{part}": ((name, *place), changed) for part, place in read_shard(entry.path).items()})
-                    else:
-                        found[name] = (name, 0, size), changed
-        take(found)
-    for name in metadata:
-        for line, file_name, caption in read_metadata(Path(root, name)):
-            target = name[:name.rfind("/") + 1] + str(file_name).encode("utf-8", "replace").decode().removeprefix("./")
-            if target in pictures:
-                add(target, " ".join(caption.split()) if isinstance(caption, str) else None, f"{name}, line {line}, {target}")
-            elif leads_out(str(file_name)) or not inside(os.path.join(root, target)):
-                raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
-            else:
-                wrong.append(f"{name}, line {line}: {target}: no such picture")
     wrong += [f"{name}: has no caption" for name, *_, captions in pictures.values() if not captions and name not in told]
+    known = (*SUFFIXES, ".txt", ".json", ".tar", "metadata.jsonl", "metadata.csv")
+    wrong += [f"{name}: is none of {', '.join(SUFFIXES)}" for name in found if not name.lower().endswith(known)]
     return [row for row in pictures.values() if row[3]], wrong
 
 
 def check(root, rows):
     """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
-    checks = []
-    for name, place, *_ in rows:
-        side, data, wrong = 0, b"", ""
+    def of(name, place, *_):
         try:
-            data = read_part(root, *place) if place[2] <= 1 << 28 else data
+            if not 0 < place[2] <= 1 << 28:
+                raise UserError(f"{name}: has {place[2]:,} bytes")
+            data = read_part(root, *place)
             clip_embed.open_picture(name, data, SMALLEST)
-            side = min(Image.open(io.BytesIO(data)).size)
-            if side < SMALLEST:
-                wrong = f"{name}: its shorter side has {side} pixels, expected at least {SMALLEST}"
+            width, height = Image.open(io.BytesIO(data)).size
+            small = f"{name}: has {width}×{height} pixels, expected at least {SMALLEST} a side"
+            return min(width, height), zlib.crc32(data), small * (min(width, height) < SMALLEST)
         except UserError as error:
-            wrong = str(error) if data else f"{name}: has {place[2]:,} bytes"
+            return 0, 0, str(error)
         except Exception as error:  # a foreign file can make Pillow raise anything
-            wrong = f"{name}: not a picture that can be read ({type(error).__name__})"
-        checks.append((side, zlib.crc32(data), wrong))
-    return checks
+            return 0, 0, f"{name}: not a picture that can be read ({type(error).__name__})"
+
+    return [of(*row) for row in rows]
 
 
 def gather(folder, out, workers):
@@ -560,24 +539,23 @@ class FolderBatches(Dataset):
         return self.order[within]
 
     def __getitem__(self, k):
-        data, clip, taken, drawn = self.data, self.stage == "clip", set(), []
+        data, rows, clip, taken, drawn = self.data, self.rows, self.stage == "clip", set(), []
         for n in range(self.batch_size) if clip else self.own:  # clip: what the other processes have is taken, too
             rng, start = np.random.default_rng([self.seed, k, n]), self.where(k * self.batch_size + n)
-            for j in range(len(self.rows)):
-                number = int(self.rows[(start + j) % len(self.rows)])
+            for number in (int(rows[(start + j) % len(rows)]) for j in range(len(rows))):
                 caption = int(rng.integers(*data.first[number:number + 2]))
                 if not clip or not taken & {number, data.captions[caption]}:
                     break
-            taken |= {number, data.captions[caption]} if clip else set()
+            taken |= {number, data.captions[caption]}
             drawn += [(number, caption, rng)] if n in self.own else []
-        numbers, captions, rngs = zip(*drawn)
+        numbers, captions, _ = zip(*drawn)
         if self.stage.startswith("upsample"):
             crops = [upsample.training_crops(data.picture(number, self.side), self.config, rng, 1) for number, _, rng in drawn]
-            return tuple(torch.cat(part) for part in zip(*crops))
+            return tuple(map(torch.cat, zip(*crops)))
         if clip:
             return data.tensors(numbers, self.side), [data.captions[caption] for caption in captions]
-        images = [data.tensors(numbers, self.side)] if self.stage == "decoder" else []
-        return (*images, torch.tensor(captions), torch.tensor(numbers))[::1 if images else -1]
+        told = torch.tensor(captions), torch.tensor(numbers)
+        return (data.tensors(numbers, self.side), *told) if self.stage == "decoder" else told[::-1]
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them

@@ -158,13 +158,14 @@ def test_bad_files_are_named_and_left_out_and_the_rest_is_trained_on(drawn, tiny
         (folder / name).write_bytes(data)
         if name != "no caption.png":
             (folder / name).with_suffix(".txt").write_bytes(captions.get(name.replace("png", "txt"), b"something"))
+    (folder / "notes.heic").write_text("?")
     (folder / "metadata.csv").write_text('file_name,text\nmissing.png,x\n"bild 0 \xe9.jpg",\n', "utf-8")
     run(train, monkeypatch, "clip", "--data", folder, "--out", tmp_path / "runs", "--workers", 1, "--device", "cpu")
     said, listed = capsys.readouterr().err, (tmp_path / "runs/skipped.txt").read_text("utf-8").splitlines()
     assert [line.partition(": ")[0] for line in sorted(listed)] == sorted(
-        [*wrong, *captions, "metadata.csv, line 2", "metadata.csv, line 3, bild 0 é.jpg"])
-    assert "13 left out, listed in" in said and sum(f"  {line}" in said for line in listed) == 10 and "5 pictures with 7 captions" in said
-    for reason in ("empty.webp: has 0 bytes", "one.png: its shorter side has 1 pixels", "its caption is empty", "its caption is not UTF-8",
+        [*wrong, *captions, "metadata.csv, line 2, missing.png", "metadata.csv, line 3, bild 0 é.jpg", "notes.heic"])
+    assert "14 left out, listed in" in said and sum(f"  {line}" in said for line in listed) == 10 and "5 pictures with 7 captions" in said
+    for reason in ("empty.webp: has 0 bytes", "one.png: has 1×1 pixels", "its caption is empty", "its caption is not UTF-8",
                    "long.txt: its caption has 100,000 characters", "text.png: not a picture that can be read (its format is unknown)",
                    "bomb.png: not a picture that can be read (Image size (900000000 pixels) exceeds limit", "no caption.png: has no caption",
                    "postscript.jpg: not a picture that can be read (its format is unknown)", "missing.png: no such picture"):
@@ -192,12 +193,12 @@ FATAL = {
     "above, Windows": ({"metadata.jsonl": b'{"file_name": "..\\\\a.png", "text": "x"}'}, "line 1: file_name '..\\\\a.png' leads out"),
     "absolute": ({"metadata.csv": b"file_name,text\n\n/etc/passwd,x"}, "metadata.csv, line 3: file_name '/etc/passwd' leads out"),
     "null": ({"metadata.jsonl": b'{"file_name": "a\\u0000", "text": "x"}'}, "leads out"),
-    "two columns": ({"metadata.csv": b"text,file_name,text\n"}, "metadata.csv, line 1: there are two columns 'text'; expected the columns file_name"),
+    "two columns": ({"metadata.csv": b"text,file_name,text\n"}, "metadata.csv, line 1: two columns have one name; expected the columns file_name"),
     "no column": ({"metadata.csv": b"file_name,caption\n"}, "metadata.csv, line 1: no column 'text'"),
-    "empty csv": ({"metadata.csv": b""}, "metadata.csv, line 1: no column 'file_name'"),
+    "empty csv": ({"metadata.csv": b""}, "no picture with a caption is there; expected"),
     "fields": ({"metadata.csv": b'file_name,text\n"a.png","two\nlines"\na.png\n'}, "metadata.csv, line 4: 1 fields for 2 columns"),
     "no key": ({"metadata.jsonl": b'\n{"file_name": "a.png"}\n'}, "metadata.jsonl, line 2: no column 'text'"),
-    "two keys": ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x", "text": "y"}'}, "line 1: there are two columns 'text'"),
+    "two keys": ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x", "text": "y"}'}, "line 1: two columns have one name"),
     "no object": ({"metadata.jsonl": b"[1, 2]"}, "line 1: no object"),
     "no JSON": ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x"}\n{"file_na'}, "metadata.jsonl, line 2: "),
     "deep JSON": ({"metadata.jsonl": b"[" * 100_000}, "metadata.jsonl, line 1: "),
