@@ -1,4 +1,4 @@
-"""Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
+"""Train every stage of unCLIP, on a built-in world of captioned shapes or a folder of your pictures (appendix C).
 
 In:   a stage's name, or `all` for the six in order: clip, prior, ar-prior, decoder, upsample-256, upsample-1024
 Out:  in --out (default runs/<preset>), per stage: NAME.pt (the checkpoint, EMA weights under "model"),
@@ -9,6 +9,7 @@ timesteps from random numbers seeded by (--seed, k) alone, so `--resume` is exac
 goes on as if it never had been.
 
     python train.py all --preset shapes              # everything
+    python train.py all --data photos --clip ViT-B-32.pt --preset laptop
     python train.py decoder --resume                 # one stage, continued after a stop
 """
 
@@ -259,7 +260,7 @@ class TooFew(UserError):
 
 @dataclass
 class Pictures:
-    """What a folder holds, whatever its layout: picture k is some bytes of a file; captions first[k] … first[k + 1] − 1 are its."""
+    """What a folder holds, in any layout: picture k is some bytes of a file; captions first[k] … first[k + 1] − 1 are its."""
     root: str
     names: tuple
     places: tuple       # (file, offset, length) of each picture's bytes
@@ -344,14 +345,15 @@ def read_metadata(path):
                     pairs = list(zip(columns, line)) if table else json.loads(line, object_pairs_hook=list)
                     row = dict(pairs)
                     if len(row) < len(pairs) or table and len(line) != len(columns):
-                        raise ValueError("two columns have one name" if len(row) < len(pairs) else f"{len(line)} fields for {len(columns)} columns")
+                        raise ValueError("two columns have one name" if len(row) < len(pairs) else
+                                         f"{len(line)} fields for {len(columns)} columns")
                     found = lines.line_num if table else number, row["file_name"], row["text"]
                     if not title:
                         yield found
         except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
             reason = {KeyError: f"no column {error}", TypeError: "no object"}.get(type(error), error)
-            raise UserError(f"{path}, line {lines.line_num if table else number}: {reason}; expected the columns file_name and text, "
-                            "each once") from None
+            raise UserError(f"{path}, line {lines.line_num if table else number}: {reason}; expected the columns file_name and "
+                            "text, each once") from None
 
 
 def list_files(root):
@@ -379,7 +381,7 @@ def list_pictures(root):
     By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
     the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
     """
-    found, told, wrong = list_files(root), set(), []
+    found, told, wrong, inside = list_files(root), set(), [], lambda path: Path(os.path.realpath(path)).is_relative_to(root)
     pictures = {name: (name, *place, []) for name, place in found.items() if name.lower().endswith(SUFFIXES)}
 
     def said():
@@ -395,8 +397,7 @@ def list_pictures(root):
                 for line, file_name, caption in read_metadata(Path(root, name)):
                     file_name = str(file_name).encode("utf-8", "replace").decode()
                     picture = "".join(name.rpartition("/")[:2]) + file_name.removeprefix("./")
-                    path = os.path.realpath(os.path.join(root, picture)) if picture not in found and not leads_out(file_name) else root
-                    if leads_out(file_name) or not Path(path).is_relative_to(root):
+                    if picture not in found and (leads_out(file_name) or not inside(os.path.join(root, picture))):
                         raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
                     yield picture, caption, f"{name}, line {line}, {picture}"
 
@@ -451,7 +452,7 @@ def gather(folder, out, workers):
         batches = tqdm(loader, desc="checking pictures", unit="batch")
         save_atomically([part for batch in batches for part in batch], cache)
     checks = torch.load(cache, weights_only=True)
-    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in wrong + [reason for *_, reason in checks if reason]]
+    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in [reason for *_, reason in checks if reason] + wrong]
     (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
     if wrong:
         print(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ", file=sys.stderr)
@@ -461,8 +462,8 @@ def gather(folder, out, workers):
                         "pictures with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
     names, places, _, captions, sides, sums = zip(*good)
     sides, first = np.array(sides), np.cumsum([0, *map(len, captions)])
-    print(f"{folder}: {len(names):,} pictures with {first[-1]:,} captions, shorter sides {sides.min():,} to {sides.max():,} pixels, "
-          + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
+    print(f"{folder}: {len(names):,} pictures with {first[-1]:,} captions, shorter sides {sides.min():,} to {sides.max():,} "
+          "pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
     return Pictures(root, names, places, [*chain(*captions)], first, sides, name_of((names, captions, sums)))
 
 
@@ -524,8 +525,8 @@ class FolderBatches(Dataset):
             captions = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
             most = min(len(self.rows), len(captions))
             if most < B and split == "train":
-                raise UserError(f"--batch-size {B}: clip's batches hold nothing twice, and there are {len(self.rows):,} pictures with "
-                                f"{len(captions):,} different captions to train on: at most {most}")
+                raise UserError(f"--batch-size {B}: clip's batches hold nothing twice, and there are {len(self.rows):,} pictures "
+                                f"with {len(captions):,} different captions to train on: at most {most}")
             B = min(B, max(1, most // world) * world)
         self.batch_size, self.own = B, range(B * rank // world, B * (rank + 1) // world)
 
@@ -847,18 +848,18 @@ def attention_kernel(device, low):
 # What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
 
 def source(args, device):
-    """What every stage trains on: the class of its batches, how to draw picture `number` with `side` pixels, and data's mark."""
+    """What every stage trains on: (the class of its batches, how to show picture `number` with `side` pixels; data's mark)."""
     batches, show = Batches, lambda number, side: render(fixed_scene(args.seed, number), side)
     if args.data:
         batches, show = partial(FolderBatches, args.data), args.data.picture
-    return ({"device": device, "seed": args.seed, "batches": batches, "show": show}, {"data": args.data and args.data.mark})
+    return {"device": device, "seed": args.seed, "batches": batches, "show": show}, {"data": args.data and args.data.mark}
 
 
 def prepare_clip(args, device):
     """The tokenizer, its merges learned from two thousand captions, and a config that fits it."""
     context, extra = source(args, device)
-    captions = args.data and [args.data.captions[k] for k in range(0, len(args.data.captions), -(-len(args.data.captions) // 2000))]
-    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(captions or corpus()))
+    captions = args.data.captions[::-(-len(args.data.captions) // 2000)] if args.data else corpus()
+    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(captions))
     config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
     return context | {"tokenizer": tokenizer, "config": config}, extra | {"merges": [" ".join(m) for m in tokenizer.merges]}
 
@@ -880,16 +881,18 @@ def embed(data, context, folder, workers):
     caption being the last. Computed once: the folder's name tells data and CLIP, and it gets that name when all is written.
     """
     def load():
-        texts = {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in shapes}
-        return {"z_i": texts.pop("z_i"), "texts": texts}
+        z_i, *texts = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in names)
+        return {"z_i": z_i, "texts": dict(zip(names[1:], texts))}
 
-    part, c, captions = folder.with_suffix(".part"), context["clip"].config, [*data.captions, ""]
-    lengths, n = [min(len(context["tokenizer"].encode(caption)) + 2, c.context_length) for caption in captions], len(captions)
-    shapes = {"z_i": ("<f4", (len(data.names), c.embed_dim)), "ends": ("<i8", (n + 1,)), "tokens": ("<i8", (sum(lengths),)),
-              "states": ("<f2", (sum(lengths), c.text_width)), "z_t": ("<f4", (n, c.embed_dim))}
+    names = ("z_i", "ends", "tokens", "states", "z_t")
+
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         return load()
     shutil.rmtree(folder, ignore_errors=True)
+    part, c, captions = folder.with_suffix(".part"), context["clip"].config, [*data.captions, ""]
+    lengths, n = [min(len(context["tokenizer"].encode(caption)) + 2, c.context_length) for caption in captions], len(captions)
+    shapes = dict(zip(names, (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (sum(lengths),)),
+                              ("<f2", (sum(lengths), c.text_width)), ("<f4", (n, c.embed_dim)))))
     part.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(part / f"{name}.npy", "wb")) for name in shapes}
@@ -951,15 +954,16 @@ def prepare_upsampler(args, device, size):
     if args.data:
         large, least = args.data.rows("train", size), args.batch_size or RECIPES[args.preset][f"upsample-{size}"].batch_size
         if len(large) < least:
-            raise TooFew(f"upsample-{size}: {len(large)} pictures have {size} pixels a side, a batch takes {least}: stays untrained, "
-                         f"pictures end at {config.low_size}")
+            raise TooFew(f"upsample-{size}: {len(large)} pictures have {size} pixels a side, a batch takes {least}: it stays "
+                         f"untrained, pictures end at {config.low_size}")
         shown = [*args.data.rows("validation", size), *large][:2]
     return context | {"config": config, "shown": shown}, extra
 
 
 def to_device(batch, device):
     """uint8 pictures to the device, as floats in [-1, 1]; captions and numbers as they are."""
-    return tuple(part.to(device).float() / 127.5 - 1 if torch.is_tensor(part) and part.dtype == torch.uint8 else part for part in batch)
+    pictures = lambda part: torch.is_tensor(part) and part.dtype == torch.uint8
+    return tuple(part.to(device).float() / 127.5 - 1 if pictures(part) else part for part in batch)
 
 
 # name: (what it needs, network, loss, sample picture)
@@ -994,15 +998,15 @@ def export(runs, folder, stages=STAGES):
 def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(
-        description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
+        description="Train unCLIP's stages on the built-in world of shapes, or on --data. The priors and the decoder need the CLIP of the same "
         "--out folder, or --clip; the upsamplers need nothing.",
         epilog="A run that was stopped goes on with the same command and --resume, as if it had never stopped.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
-    parser.add_argument("--data", metavar="FOLDER", help="train on these pictures, not on shapes: with a .txt of the same name each, "
-                        "with metadata.jsonl or metadata.csv (file_name, text), or .tar shards of pictures and .txt")
+    parser.add_argument("--data", metavar="FOLDER", help="train on these pictures, not on shapes: each with a .txt of the same "
+                        "name, all in metadata.jsonl or metadata.csv (file_name, text), or .tar shards of pictures and .txt")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
     parser.add_argument("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's (see clip_embed.py), in "
                         "place of one trained here")
@@ -1010,12 +1014,12 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
-    parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, order, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes or read pictures (default 1)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two rows of the CSV (default 50)")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -1035,8 +1039,8 @@ def main():
             return
         args.data = args.data and gather(args.data, args.out, args.workers)
         if args.data and not args.init and len(args.data.names) < 1000:
-            print(f"{len(args.data.names)} pictures are too few to learn from scratch: thousands are needed, or --init CHECKPOINT to "
-                  "fine-tune", file=sys.stderr)
+            print(f"{len(args.data.names)} pictures are too few to learn from scratch: thousands are needed, or --init "
+                  "CHECKPOINT to fine-tune", file=sys.stderr)
         for stage in stages if args.stage == "all" else [args.stage]:
             try:
                 train(stage, args, device)
