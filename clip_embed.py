@@ -28,6 +28,7 @@ import contextlib
 import gzip
 import hashlib
 import html
+import io
 import json
 import math
 import pickle
@@ -45,11 +46,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's pixel statistics, for pixels in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that training reads: Pillow knows some that start other programs
 
 
 # ----------------------------------------------------------------------------- captions into tokens
@@ -127,7 +129,7 @@ class Tokenizer:
         self.ids = {token: n for n, token in enumerate(vocab)}
         self.start, self.end, self.pad = self.ids[START], self.ids[END], pad
         self.tokens, self.known = vocab, {START: [self.start], END: [self.end]}  # as in OpenAI's code, text may spell these two
-        self.context_length = context_length
+        self.context_length, self.cuts = context_length, 0
 
     def __len__(self):
         return len(self.tokens)
@@ -157,12 +159,14 @@ class Tokenizer:
         return raw.decode("utf-8", "replace").strip()
 
     def __call__(self, texts):
-        """Captions → (B, context_length) int64: start, tokens, end, padding. Long ones are cut, with a warning."""
+        """Captions → (B, context_length) int64: start, tokens, end, padding. Long ones are cut, the first ten with a warning."""
         out = torch.full((len(texts), self.context_length), self.pad)
         for row, text in zip(out, texts):
             ids = self.encode(text)
             if len(ids) > self.context_length - 2:
-                print(f"caption cut from {len(ids)} to {self.context_length - 2} tokens: {text[:60]!r}…", file=sys.stderr)
+                self.cuts += 1
+                if self.cuts <= 10:
+                    print(f"caption cut from {len(ids)} to {self.context_length - 2} tokens: {text[:60]!r}…", file=sys.stderr)
                 ids = ids[:self.context_length - 2]
             row[:len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
         return out
@@ -380,12 +384,18 @@ def encode_captions(clip, tokenizer, captions):
 
 # ----------------------------------------------------------------------------- pictures
 
-def open_picture(path):
-    """A picture file as an RGB Pillow image: turned upright by its EXIF tag, transparency on white. Raises UserError."""
+def open_picture(path, data=None, side=None):
+    """A picture file as an RGB Pillow image: turned upright by its EXIF tag, transparency on white. Raises UserError.
+
+    data: its bytes, for a picture that is part of a file (path then only names it): FORMATS alone. side: a JPEG is decoded as
+    small as leaves twice that many pixels a side, many times faster.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(path) if data is None else Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                if side:
+                    file.draft(None, (2 * side, 2 * side))
                 picture = ImageOps.exif_transpose(file)
                 if picture.mode.startswith("I"):  # 16 bit and more: Pillow would clip, not scale
                     picture = Image.fromarray((np.asarray(picture, np.float64) / 256).clip(0, 255).astype(np.uint8))
@@ -395,6 +405,8 @@ def open_picture(path):
                 return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture that can be read (its format is unknown)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: not a picture that can be read ({error})") from None
 
@@ -430,7 +442,8 @@ def one_line_errors():
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        message = str(error).strip().splitlines()[-1:]  # of what a data worker raises torch makes a traceback that ends with it
+        print(f"{Path(sys.argv[0]).name}: {''.join(message).removeprefix('clip_embed.UserError: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Train every stage of unCLIP, on a built-in world of captioned shapes (appendix C).
+"""Train every stage of unCLIP, on a built-in world of captioned shapes or a folder of your pictures (appendix C).
 
 What a stage minimizes stands in its own file. Here stand the data, the recipes and one loop for all: AdamW at table 3's
 settings, a running average of the weights (EMA) beside it, which is what is kept. Where the paper is silent, ours: the world
@@ -15,6 +15,7 @@ been. Nor do they depend on how many processes share a batch, or in how many pie
 
     python train.py all --preset shapes              # everything
     python train.py all --preset laptop --dry-run    # what that would take
+    python train.py all --data photos --clip ViT-B-32.pt --preset laptop
     python train.py decoder --resume                 # one stage, continued after a stop
     torchrun --nproc-per-node 4 train.py decoder     # four GPUs, the batch shared
 """
@@ -23,20 +24,28 @@ import argparse
 import contextlib
 import copy
 import csv
+import hashlib
+import io
+import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -252,6 +261,227 @@ def corpus(n=2000, seed=0):
     return [describe(s, what_to_say(s, rng), rng) for s in scenes]
 
 
+# ----------------------------------------------------------------------------- a folder of captioned pictures
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SMALLEST, LONGEST = 64, 10_000  # pixels a side, characters of a caption: what is outside is left out
+BUFFER = 10_000                 # how many pictures, in the order of their shards, are shuffled with one another
+
+
+class TooFew(UserError):
+    """These pictures are too few or too small for a stage: `all` goes on without it."""
+
+
+@dataclass
+class Pictures:
+    """What a folder holds, in any layout: picture k is some bytes of a file; captions first[k] … first[k + 1] − 1 are its."""
+    root: str
+    names: tuple
+    places: tuple       # (file, offset, length) of each picture's bytes
+    captions: list
+    first: np.ndarray   # (n + 1,)
+    sides: np.ndarray   # (n,) pixels of the shorter side
+    mark: str           # sixteen hex digits that name this set: names, captions and the pictures' bytes
+
+    def picture(self, k, side):
+        """Picture k, RGB, side × side: its shorter side scaled, its middle cut out. Raises UserError."""
+        picture = clip_embed.open_picture(self.names[k], read_part(self.root, *self.places[k]), side)
+        return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+
+    def tensors(self, numbers, side):
+        """Pictures as uint8 (B, 3, side, side)."""
+        return torch.stack([to_tensor(self.picture(k, side)) for k in numbers])
+
+    def rows(self, split, side=0):
+        """Numbers of the pictures of a split with `side` pixels or more: "validation" is the 3% whose names hash lowest."""
+        large = np.flatnonzero(self.sides >= side)
+        large = large[np.argsort([zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in large], kind="stable")]
+        held_out = math.ceil(0.03 * len(large)) if len(large) > 1 else 0  # a single picture is in both
+        return np.sort(large[held_out:] if split == "train" else large[:max(1, held_out)])
+
+
+def read_part(root, file, offset, size):
+    """`size` bytes of a file, from `offset` on."""
+    with open(os.path.join(root, file), "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def leads_out(path):
+    """Whether a relative path, of any system, names something above where it starts."""
+    parts = path.replace("\\", "/").split("/")
+    return ".." in parts or not parts[0] or "\0" in path
+
+
+def read_shard(path):
+    """{name: (offset, length)} of the files in a .tar, from the headers alone. Raises UserError.
+
+    A header has 512 bytes, numbers in octal: the name at 0, what stands before it at 345; the length at 124; the sum of all
+    bytes, its own as blanks, at 148; the kind at 156. The file follows, filled up to a multiple of 512. A longer name comes
+    before, as a file of kind L (GNU) or in one of kind x (POSIX). An empty header ends the archive.
+    """
+    members, long, at, end = {}, None, 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while (header := file.read(512)) != bytes(512):
+            try:
+                size, total = int(header[124:136].strip(b" \0") or b"0", 8), int(header[148:156].strip(b" \0"), 8)
+            except ValueError:
+                size = total = -1
+            added = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF  # one more than the sum, fast
+            if size < 0 or added != (total + 1) % 65521 or at + 512 + size > end:
+                raise UserError(f"{path}: damaged or truncated: no whole file begins at byte {at} of {end}")
+            kind, name = header[156:157], header[:100].split(b"\0", 1)[0]
+            if kind in b"Lx":
+                name = file.read(min(size, 1 << 16))
+                record = re.search(rb"(?:^|\n)\d+ path=([^\n]*)", name)
+                long = name.rstrip(b"\0") if kind == b"L" else record and record[1]
+            elif kind in b"0\0":
+                if header[345] and header[257:263] == b"ustar\0":
+                    name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+                name, long = (long or name).decode("utf-8", "surrogateescape").removeprefix("./"), None
+                if leads_out(name):
+                    raise UserError(f"{path}: its member {name!r} leads out of the folder")
+                members[name] = at + 512, size
+            at += 512 + -(-size // 512) * 512
+            file.seek(at)
+    return members
+
+
+def read_metadata(path):
+    """(line number, file_name, text) of each line of a metadata.jsonl or metadata.csv. Raises UserError."""
+    table, number, columns = path.suffix == ".csv", 0, None
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, strict=True) if table else file
+        try:
+            csv.field_size_limit(1 << 30)
+            for number, line in enumerate(lines, 1):
+                if "".join(line).strip():
+                    columns, title = columns or line, table and not columns
+                    pairs = list(zip(columns, line)) if table else json.loads(line, object_pairs_hook=list)
+                    row = dict(pairs)
+                    if len(row) < len(pairs) or table and len(line) != len(columns):
+                        raise ValueError("two columns have one name" if len(row) < len(pairs) else
+                                         f"{len(line)} fields for {len(columns)} columns")
+                    found = lines.line_num if table else number, row["file_name"], row["text"]
+                    if not title:
+                        yield found
+        except (ValueError, csv.Error, RecursionError, KeyError, TypeError) as error:
+            reason = {KeyError: f"no column {error}", TypeError: "no object"}.get(type(error), error)
+            raise UserError(f"{path}, line {lines.line_num if table else number}: {reason}; expected the columns file_name and "
+                            "text, each once") from None
+
+
+def list_files(root):
+    """{name: ((file, offset, length), time)} of all that lies in a folder, its subfolders and .tar shards. Raises UserError."""
+    found, folders = {}, [""]
+    while folders:
+        folder = folders.pop()
+        for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
+            name = folder + entry.name
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                raise UserError(f"{name!r} is a link that leads out of {root}")
+            if entry.is_dir(follow_symlinks=False) and entry.name[0] != ".":
+                folders.append(name + "/")
+            elif entry.is_file() and entry.name[0] != ".":
+                size, changed = entry.stat().st_size, entry.stat().st_mtime_ns
+                found[name] = (name, 0, size), changed
+                for part, place in read_shard(entry.path).items() if name.endswith(".tar") else ():
+                    found[f"{name}/{part}"] = (name, *place), changed
+    return found
+
+
+def list_pictures(root):
+    """The captioned pictures of a folder, unopened: ([(name, place, time, captions)], [what is left out, and why]).
+
+    By looking, in subfolders too: pictures with a .txt of the same name, a caption a line; metadata.jsonl or metadata.csv with
+    the columns file_name and text, a caption a line; .tar shards of pictures and their .txt. Raises UserError.
+    """
+    found, told, wrong, inside = list_files(root), set(), [], lambda path: Path(os.path.realpath(path)).is_relative_to(root)
+    pictures = {name: (name, *place, []) for name, place in found.items() if name.lower().endswith(SUFFIXES)}
+
+    def said():
+        """(picture, caption, where that stands)"""
+        for name in pictures:
+            text = os.path.splitext(name)[0] + ".txt"
+            if text in found:
+                file, offset, size = found[text][0]
+                lines = read_part(root, file, offset, min(size, 1 << 20)).decode("utf-8-sig", "surrogateescape").splitlines()
+                yield from ((name, line, text) for line in [*filter(str.strip, lines)] or [""])
+        for name in found:
+            if name.rpartition("/")[2] in ("metadata.jsonl", "metadata.csv") and not found[name][0][1]:  # not in a shard
+                for line, file_name, caption in read_metadata(Path(root, name)):
+                    file_name = str(file_name).encode("utf-8", "replace").decode()
+                    picture = "".join(name.rpartition("/")[:2]) + file_name.removeprefix("./")
+                    if picture not in found and (leads_out(file_name) or not inside(os.path.join(root, picture))):
+                        raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} leads out of the folder")
+                    yield picture, caption, f"{name}, line {line}, {picture}"
+
+    for name, caption, where in said():
+        caption = " ".join(caption.split()) if isinstance(caption, str) else ""
+        reason = ("no such picture" if name not in pictures else "its caption is empty" if not caption else
+                  "its caption is not UTF-8" if re.search("[\ud800-\udfff]", caption) else  # what Python makes of such bytes
+                  f"its caption has {len(caption):,} characters, more than {LONGEST:,}" if len(caption) > LONGEST else "")
+        if reason:
+            wrong.append(f"{where}: {reason}")
+            told.add(name)
+        else:
+            pictures[name][3].append(caption)
+    wrong += [f"{name}: has no caption" for name, *_, captions in pictures.values() if not captions and name not in told]
+    known = (*SUFFIXES, ".txt", ".json", ".tar", "metadata.jsonl", "metadata.csv")
+    wrong += [f"{name}: is none of {', '.join(SUFFIXES)}" for name in found if not name.lower().endswith(known)]
+    return [row for row in pictures.values() if row[3]], wrong
+
+
+def check(root, rows):
+    """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
+    def of(name, place, *_):
+        try:
+            if not 0 < place[2] <= 1 << 28:
+                raise UserError(f"{name}: has {place[2]:,} bytes")
+            data = read_part(root, *place)
+            clip_embed.open_picture(name, data, SMALLEST)
+            width, height = Image.open(io.BytesIO(data)).size
+            small = f"{name}: has {width}×{height} pixels, expected at least {SMALLEST} a side"
+            return min(width, height), zlib.crc32(data), small * (min(width, height) < SMALLEST)
+        except UserError as error:
+            return 0, 0, str(error)
+        except Exception as error:  # a foreign file can make Pillow raise anything
+            return 0, 0, f"{name}: not a picture that can be read ({type(error).__name__})"
+
+    return [of(*row) for row in rows]
+
+
+def gather(folder, out, workers):
+    """The Pictures of a folder that can be trained on: listed, each decoded once (remembered in `out`), and summed up on stderr.
+
+    What is left out is listed in out/skipped.txt. Raises UserError, also where nothing is left.
+    """
+    root, name_of = os.path.realpath(folder), lambda content: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    if not os.path.isdir(root):
+        raise UserError(f"--data {folder}: no such folder")
+    rows, wrong = list_pictures(root)
+    out.mkdir(parents=True, exist_ok=True)
+    cache = out / f"checked-{name_of([row[:3] for row in rows])}.pt"
+    if not cache.exists():
+        loader = DataLoader(rows, 64, collate_fn=partial(check, root), num_workers=workers) if rows else []
+        batches = tqdm(loader, desc="checking pictures", unit="batch")
+        save_atomically([part for batch in batches for part in batch], cache)
+    checks = torch.load(cache, weights_only=True)
+    wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in [reason for *_, reason in checks if reason] + wrong]
+    (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
+    if wrong:
+        print(f"{len(wrong):,} left out, listed in {out / 'skipped.txt'}:", *wrong[:10], sep="\n  ", file=sys.stderr)
+    good = [(*row, *seen[:2]) for row, seen in zip(rows, checks) if not seen[2]]
+    if not good:
+        raise UserError(f"--data {folder}: no picture with a caption is there{' that can be used' if wrong else ''}; expected "
+                        "pictures with a .txt of the same name, metadata.jsonl or metadata.csv, or .tar shards")
+    names, places, _, captions, sides, sums = zip(*good)
+    sides, first = np.array(sides), np.cumsum([0, *map(len, captions)])
+    print(f"{folder}: {len(names):,} pictures with {first[-1]:,} captions, shorter sides {sides.min():,} to {sides.max():,} "
+          "pixels, " + ", ".join(f"{(sides >= n).sum():,} of {n} or more" for n in (256, 1024)), file=sys.stderr)
+    return Pictures(root, names, places, [*chain(*captions)], first, sides, name_of((names, captions, sums)))
+
+
 # ----------------------------------------------------------------------------- batches
 
 class Batches(Dataset):
@@ -294,6 +524,60 @@ class Batches(Dataset):
             scenes, captions, told = scenes + group, captions + words, told | {*words}
         own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
         return torch.stack([to_tensor(render(s, 64)) for s in scenes[own]]), captions[own]
+
+
+class FolderBatches(Dataset):
+    """Batches, but of Pictures: rows of batch k, those of process `rank` of `world`; row n depends on (seed, k, n) alone.
+
+    Rows follow one endless order: each epoch has every picture of the split once, files (pictures, or shards) in random order,
+    then shuffled within BUFFER places, so that shards are read nearly as they lie on the disk. A caption is drawn each time.
+    clip: images (b, 3, H, W) uint8 of the config's size and captions, in no batch a picture or a caption twice (held-out ones
+    are as large as that allows). priors: numbers of pictures, and of captions. decoder: images, numbers of captions, and of
+    pictures. upsamplers: (high, low) crops, one of each picture.
+    """
+
+    def __init__(self, data, stage, recipe, seed, config, rank=0, world=1, split="train"):
+        self.data, self.stage, self.seed, self.config, B = data, stage, seed, config, recipe.batch_size
+        self.side = getattr(config, "image_size", 0)
+        self.rows = data.rows(split, self.side if stage.startswith("upsample") else 0)
+        self.files = np.unique([data.places[k][0] for k in self.rows], return_inverse=True)[1]
+        self.epoch, self.order = None, None
+        if stage == "clip":
+            captions = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
+            most = min(len(self.rows), len(captions))
+            if most < B and split == "train":
+                raise UserError(f"--batch-size {B}: clip's batches hold nothing twice, and there are {len(self.rows):,} pictures "
+                                f"with {len(captions):,} different captions to train on: at most {most}")
+            B = min(B, max(1, most // world) * world)
+        self.batch_size, self.own = B, range(B * rank // world, B * (rank + 1) // world)
+
+    def where(self, position):
+        """Which of `rows` stands at a position of the endless order."""
+        epoch, within = divmod(position, len(self.rows))
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, 1 << 42, epoch])
+            order = np.argsort(rng.permutation(len(self.rows))[self.files], kind="stable")
+            self.epoch, self.order = epoch, order[np.argsort(np.arange(len(order)) + rng.uniform(0, BUFFER, len(order)))]
+        return self.order[within]
+
+    def __getitem__(self, k):
+        data, rows, clip, taken, drawn = self.data, self.rows, self.stage == "clip", set(), []
+        for n in range(self.batch_size) if clip else self.own:  # clip: what the other processes have is taken, too
+            rng, start = np.random.default_rng([self.seed, k, n]), self.where(k * self.batch_size + n)
+            for number in (int(rows[(start + j) % len(rows)]) for j in range(len(rows))):
+                caption = int(rng.integers(*data.first[number:number + 2]))
+                if not clip or not taken & {number, data.captions[caption]}:
+                    break
+            taken |= {number, data.captions[caption]}
+            drawn += [(number, caption, rng)] if n in self.own else []
+        numbers, captions, _ = zip(*drawn)
+        if self.stage.startswith("upsample"):
+            crops = [upsample.training_crops(data.picture(number, self.side), self.config, rng, 1) for number, _, rng in drawn]
+            return tuple(map(torch.cat, zip(*crops)))
+        if clip:
+            return data.tensors(numbers, self.side), [data.captions[caption] for caption in captions]
+        told = torch.tensor(captions), torch.tensor(numbers)
+        return (data.tensors(numbers, self.side), *told) if self.stage == "decoder" else told[::-1]
 
 
 FIXED_SCENES = 65536  # the priors' set: they see embeddings, which can be kept, and fresh captions of them
@@ -361,13 +645,23 @@ def clip_picture(model, batch, context):
     canvas = Image.new("RGB", (576, 512))
     canvas.paste(sheet, (64, 0))
     for k, image in enumerate(images):
-        canvas.paste(to_picture(image), (0, 64 * k))
+        canvas.paste(to_picture(image).resize((64, 64)), (0, 64 * k))
     return canvas
 
 
 @torch.no_grad()
 def read(captions, context):
-    """What the frozen CLIP says of captions: (text, null)."""
+    """What the frozen CLIP says of captions, or said of those with these numbers (embed): (text, null)."""
+    if "texts" in context:
+        texts, device = context["texts"], context["device"]
+        captions = torch.cat([captions, torch.tensor([len(texts["z_t"]) - 1])])  # the last of all is the empty one
+        begin, end = texts["ends"][captions], texts["ends"][captions + 1]
+        place = torch.arange(int((end - begin).max()))
+        mask = place < (end - begin)[:, None]  # (B, L)
+        place = (begin[:, None] + place).where(mask, 0)
+        text = {"tokens": texts["tokens"][place], "states": texts["states"][place], "z_t": texts["z_t"][captions], "mask": mask}
+        text = {k: v.to(device, torch.float32 if v.is_floating_point() else None) for k, v in text.items()}
+        return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
     with torch.autocast(context["device"].type, enabled=False):
         return encode_captions(context["clip"], context["tokenizer"], captions)
 
@@ -380,15 +674,15 @@ def look(images, context):
 
 
 def captioned(context, count):
-    """z_i and freshly made captions, read, of `count` times 256 of the fixed scenes: for what is measured and not trained."""
-    batches = Batches("prior", Recipe(256, 0, 0), context["seed"], None)
+    """z_i and freshly drawn captions, read, of `count` times 256 pictures: for what is measured and not trained."""
+    batches = context["batches"]("prior", Recipe(256, 0, 0), context["seed"], None)
     for numbers, captions in (batches[(1 << 41) + k] for k in range(count)):
-        yield context["z_i"][numbers.to(context["device"])], read(captions, context)[0]
+        yield context["z_i"][numbers].to(context["device"]), read(captions, context)[0]
 
 
 def prior_loss(model, batch, context, loss=prior.prior_loss):
-    """A prior's loss of a batch of (numbers of scenes, captions)."""
-    return loss(model, context["z_i"][batch[0]], *read(batch[1], context))
+    """A prior's loss of a batch of (numbers of pictures, captions)."""
+    return loss(model, context["z_i"][batch[0]].to(context["device"]), *read(batch[1], context))
 
 
 def measure_errors(model, context):
@@ -397,25 +691,31 @@ def measure_errors(model, context):
 
 
 def prior_picture(model, batch, context, sample=prior.sample):
-    """Eight of the scenes captioned, and under each the scenes of the fixed set nearest to three z_i drawn for its caption."""
+    """Eight of the pictures captioned, and under each those of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
-    rows = [numbers]
+    rows, known = [numbers], context["z_i"][:FIXED_SCENES].to(context["device"])
     for n in range(3):
         z_i = sample(model, *read(captions, context), seeds(len(captions), 8 * n))
-        rows.append((z_i @ context["z_i"].T).argmax(1).tolist())
-    pictures = [to_tensor(render(fixed_scene(context["seed"], n), 64)).float() / 127.5 - 1 for row in rows for n in row]
+        rows.append((z_i @ known.T).argmax(1).tolist())
+    pictures = [to_tensor(context["show"](n, 64)).float() / 127.5 - 1 for row in rows for n in row]
     return grid(pictures, len(numbers))
 
 
 def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions)."""
-    return decoder.decoder_loss(model, batch[0], look(batch[0], context), *read(batch[1], context))
+    """The decoder's loss of a batch of (images, captions), and of a folder the pictures' numbers: their z_i are known."""
+    return decoder.decoder_loss(model, batch[0], seen(batch, context), *read(batch[1], context))
+
+
+def seen(batch, context):
+    """z_i of a batch for the decoder."""
+    return context["z_i"][batch[2]].to(context["device"]) if "z_i" in context else look(batch[0], context)
 
 
 def decoder_picture(model, batch, context):
     """Eight pictures above what the decoder makes of their z_i and captions."""
-    images, captions = batch[0][:8], batch[1][:8]
-    made = decoder.sample(model, look(images, context), *read(captions, context), seeds(len(images)), steps=25)
+    batch = [part[:8] for part in batch]
+    images, captions = batch[:2]
+    made = decoder.sample(model, seen(batch, context), *read(captions, context), seeds(len(images)), steps=25)
     return grid([*images, *made], len(images))
 
 
@@ -425,10 +725,10 @@ def upsampler_loss(model, batch, context):
 
 
 def upsampler_picture(model, batch, context):
-    """Two scenes, whole: the enlarged condition, what the upsampler makes of it, the truth."""
+    """Two pictures, whole: the enlarged condition, what the upsampler makes of it, the truth."""
     c, columns = model.config, []
-    for n in range(2):
-        truth = render(fixed_scene(context["seed"], n), c.image_size)
+    for n in context["shown"]:
+        truth = context["show"](n, c.image_size)
         low = to_tensor(truth.reduce(c.image_size // c.low_size))[None].to(batch[0].device).float() / 127.5 - 1
         enlarged = torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")
         columns += [enlarged[0], upsample.sample(model, low, seeds(1))[0], to_tensor(truth).float() / 127.5 - 1]
@@ -500,6 +800,19 @@ def plot_loss(rows, path):
 def ranks():
     """(this process's number, how many there are) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_before_others():
+    """Let torchrun's first process go through before the others, which then find its files."""
+    rank, world = ranks()
+    if rank:
+        dist.barrier()
+    try:
+        yield
+    finally:  # what stops the first one will stop the others too
+        if world > 1 and not rank:
+            dist.barrier()
 
 
 def mean_of_ranks(values, device):
@@ -589,14 +902,11 @@ def add_gradients(loss, batch, k, recipe, context, held_out=False):
 def prepared(stage, args, device):
     """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
     changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)}
-    recipe, (rank, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
+    recipe, (_, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
     if recipe.batch_size % world:
         raise UserError(f"--batch-size {recipe.batch_size}: cannot be shared equally by {world} processes")
-    if rank:
-        dist.barrier()  # the first process prepares before the others, which find its files
-    context, extra = STAGES[stage][0](args, device)
-    if world > 1 and not rank:
-        dist.barrier()
+    with first_before_others():
+        context, extra = STAGES[stage][0](args, device)
     low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
     return recipe, context | {"device": device, "seed": args.seed, "low": low}, extra
 
@@ -608,9 +918,10 @@ def networks(stage, recipe, context, init=None):
     model = build(config).to(context["device"], memory_format=torch.channels_last)
     if init:
         given = clip_embed.read_checkpoint(init, stage)
-        if given["config"] != asdict(config):
+        given = clip_embed.load_model(build, type(config), given, init)
+        if given.config != config:
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
-        model.load_state_dict(clip_embed.load_model(build, type(config), given, init).state_dict())
+        model.load_state_dict(given.state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules() if recipe.recompute else ():
@@ -644,15 +955,15 @@ def train(stage, args, device):
         if state is None or saved["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
-            if (state | saved)[name] != value:
+            if (state | saved).get(name) != value:
                 raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
-                                f"{(state | saved)[name]!s:.40}, not {value!s:.40}")
+                                f"{(state | saved).get(name)!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(saved["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, rows, recent = state["step"], [(*row, None)[:4] for row in state["rows"]], state["recent"]
 
-    batches = partial(context.get("batches", Batches), stage, recipe, args.seed, config, rank, world)
+    batches = partial(context["batches"], stage, recipe, args.seed, config, rank, world)
     held_out, ema_loss = [*map(batches("validation").__getitem__, range(VALIDATION))], Loss(ema, loss_of, context)
     loader = DataLoader(batches("train"), batch_size=None, sampler=range(start, recipe.steps), num_workers=args.workers,
                         worker_init_fn=leave_stopping_to_the_trainer, prefetch_factor=4 if args.workers else None)
@@ -721,7 +1032,7 @@ def dry_run(stage, args, device):
 
     def measure(rows):  # seconds to draw them, to pass them through, and of an update; bytes kept for the backward pass
         part, kept, times = replace(recipe, batch_size=rows), {}, [time.perf_counter()]
-        batch = context.get("batches", Batches)(stage, part, args.seed, context["config"])[0]
+        batch = context["batches"](stage, part, args.seed, context["config"])[0]
         times.append(time.perf_counter())
         note = lambda tensor: (kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}), tensor)[1]
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -757,25 +1068,77 @@ def attention_kernel(device, low):
     return contextlib.nullcontext()
 
 
-# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra). Where the
-# context has "batches", that stands in for Batches, with the same arguments.
+# What a stage needs before it can train, and what its checkpoint records beside the weights: (context, extra).
+
+def source(args, device):
+    """What every stage trains on: (the class of its batches, how to show picture `number` with `side` pixels; data's mark)."""
+    batches, show = Batches, lambda number, side: render(fixed_scene(args.seed, number), side)
+    if args.data and not args.dry_run:
+        batches, show = partial(FolderBatches, args.data), args.data.picture
+    return {"device": device, "seed": args.seed, "batches": batches, "show": show}, {"data": args.data and args.data.mark}
+
 
 def prepare_clip(args, device):
-    """The tokenizer, its merges learned from the world's captions, and a config that fits it."""
-    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(corpus()))
+    """The tokenizer, its merges learned from two thousand captions, and a config that fits it."""
+    context, extra = source(args, device)
+    captions = args.data.captions[::-(-len(args.data.captions) // 2000)] if args.data else corpus()
+    tokenizer = clip_embed.Tokenizer(clip_embed.learn_bpe(captions))
     config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(tokenizer))
-    return {"tokenizer": tokenizer, "config": config}, {"merges": [" ".join(m) for m in tokenizer.merges]}
+    return context | {"tokenizer": tokenizer, "config": config}, extra | {"merges": [" ".join(m) for m in tokenizer.merges]}
 
 
 def frozen_clip(args, device):
-    """The CLIP of --clip, or the one that was trained in the same folder; for --dry-run an untrained one does."""
+    """The CLIP of --clip, or the one that was trained in the same folder; of a folder's pictures, all that it says of them.
+
+    For --dry-run an untrained one does.
+    """
+    context, extra = source(args, device)
     if args.dry_run and not args.clip and not (args.out / "clip.pt").exists():
-        tokenizer, config = prepare_clip(args, device)[0].values()
-        clip = clip_embed.CLIP(config).eval().requires_grad_(False)
+        part, _ = prepare_clip(args, device)
+        tokenizer, clip = part["tokenizer"], clip_embed.CLIP(part["config"]).eval().requires_grad_(False)
     else:
         clip, tokenizer = clip_embed.load_clip(args.clip or args.out / "clip.pt", args.bpe)
-    context = {"clip": clip.to(device), "tokenizer": tokenizer, "device": device, "seed": args.seed}
-    return context, {"clip": clip_embed.fingerprint(clip)}
+    context |= {"clip": clip.to(device), "tokenizer": tokenizer}
+    extra |= {"clip": clip_embed.fingerprint(clip)}
+    if args.data and not args.dry_run:
+        context |= embed(args.data, context, args.out / f"cache-{extra['data']}-{extra['clip']}", args.workers)
+    return context, extra
+
+
+def embed(data, context, folder, workers):
+    """z_i of every picture and the text of every caption, as `context` has them, memory-mapped from .npy files in `folder`.
+
+    z_i (pictures, d); of caption k z_t[k] and rows ends[k] … ends[k + 1] − 1 of tokens and states (half precision), the empty
+    caption being the last. Computed once: the folder's name tells data and CLIP, and it gets that name when all is written.
+    """
+    def load():
+        z_i, *texts = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in names)
+        return {"z_i": z_i, "texts": dict(zip(names[1:], texts))}
+
+    names = ("z_i", "ends", "tokens", "states", "z_t")
+
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        return load()
+    shutil.rmtree(folder, ignore_errors=True)
+    part, c, captions = folder.with_suffix(".part"), context["clip"].config, [*data.captions, ""]
+    lengths, n = [min(len(context["tokenizer"].encode(caption)) + 2, c.context_length) for caption in captions], len(captions)
+    shapes = dict(zip(names, (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (sum(lengths),)),
+                              ("<f2", (sum(lengths), c.text_width)), ("<f4", (n, c.embed_dim)))))
+    part.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(part / f"{name}.npy", "wb")) for name in shapes}
+        put = lambda name, values: files[name].write(np.asarray(values.cpu(), shapes[name][0]).tobytes())
+        for name, (kind, shape) in shapes.items():  # written, not mapped: a full disk is then an error and no crash
+            np.lib.format.write_array_header_1_0(files[name], {"descr": kind, "fortran_order": False, "shape": shape})
+        put("ends", torch.tensor([0, *lengths]).cumsum(0))
+        pictures = DataLoader(range(len(data.names)), 64, collate_fn=partial(data.tensors, side=c.image_size), num_workers=workers)
+        for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
+            put("z_i", look(to_device([images], context["device"])[0], context))
+        for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
+            text, _ = read(captions[first:first + 256], context)
+            put("tokens", text["tokens"][text["mask"]]), put("states", text["states"][text["mask"]]), put("z_t", text["z_t"])
+    os.replace(part, folder)
+    return load()
 
 
 def prepare_prior(args, device):
@@ -785,6 +1148,8 @@ def prepare_prior(args, device):
     config = replace(prior.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width)
     if args.dry_run:  # sizes are all that counts
         return context | {"z_i": torch.zeros(FIXED_SCENES, c.embed_dim, device=device), "config": config}, extra
+    if args.data:
+        return context | {"config": config}, extra
     cache = args.out / f"z_i-{extra['clip']}-{args.seed}-{FIXED_SCENES}.pt"
     if not cache.exists():
         loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
@@ -804,7 +1169,7 @@ def prepare_ar_prior(args, device):
     try:
         codes = prior.fit_codes(context["z_i"], config.buckets)
     except ValueError as error:
-        raise UserError(f"z_i of the priors' {len(context['z_i'])} scenes: {error}") from None
+        raise TooFew(f"ar-prior: z_i of {len(context['z_i'])} pictures: {error}") from None
     dots = torch.cat([(z_i * text["z_t"]).sum(1) for z_i, text in captioned(context, 16)])
     codes["dot_edges"], _ = prior.quantile_buckets(dots.cpu(), config.buckets)
     return context | {"codes": codes, "config": replace(config, components=len(codes["components"]))}, extra
@@ -819,14 +1184,21 @@ def prepare_decoder(args, device):
 
 
 def prepare_upsampler(args, device, size):
-    """An upsampler needs nothing else."""
-    return {"config": upsample.PRESETS[args.preset][size]}, {}
+    """An upsampler needs nothing but pictures that are large enough; samples show those held out, if some are. Raises TooFew."""
+    (context, extra), config, shown = source(args, device), upsample.PRESETS[args.preset][size], (0, 1)
+    if args.data:
+        large, least = args.data.rows("train", size), args.batch_size or RECIPES[args.preset][f"upsample-{size}"].batch_size
+        if len(large) < least:
+            raise TooFew(f"upsample-{size}: {len(large)} pictures have {size} pixels a side, a batch takes {least}: it stays "
+                         f"untrained, pictures end at {config.low_size}")
+        shown = [*args.data.rows("validation", size), *large][:2]
+    return context | {"config": config, "shown": shown}, extra
 
 
 def to_device(batch, device):
-    """Tensors to the device, uint8 pictures as floats in [-1, 1]; captions as they are."""
-    return tuple(part if isinstance(part, list) else part.to(device).float() / 127.5 - 1 if part.dtype == torch.uint8
-                 else part.to(device) for part in batch)
+    """uint8 pictures to the device, as floats in [-1, 1]; captions and numbers as they are."""
+    pictures = lambda part: torch.is_tensor(part) and part.dtype == torch.uint8
+    return tuple(part.to(device).float() / 127.5 - 1 if pictures(part) else part for part in batch)
 
 
 # name: (what it needs, network, loss, sample picture, and what is measured when training ends)
@@ -861,14 +1233,16 @@ def export(runs, folder, stages=STAGES):
 def main():
     """The script: what --help says."""
     parser = argparse.ArgumentParser(
-        description="Train unCLIP's stages on the built-in world of shapes. The priors and the decoder need the CLIP of the same "
-        "--out folder, or --clip; the upsamplers need nothing.",
+        description="Train unCLIP's stages on the built-in world of shapes, or on --data. The priors and the decoder need the CLIP "
+        "of the same --out folder, or --clip; the upsamplers need nothing.",
         epilog="A run that was stopped, by Ctrl-C or anything else, goes on with the same command and --resume, as if it had "
         "never stopped. Several GPUs: torchrun --nproc-per-node N train.py …, with the same options.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
                         help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
+    parser.add_argument("--data", metavar="FOLDER", help="train on these pictures, not on shapes: each with a .txt of the same "
+                        "name, all in metadata.jsonl or metadata.csv (file_name, text), or .tar shards of pictures and .txt")
     parser.add_argument("--out", type=Path, help="where checkpoints, curves and samples go (default runs/PRESET)")
     parser.add_argument("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's (see clip_embed.py), in "
                         "place of one trained here")
@@ -876,14 +1250,14 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="of all processes together, in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
-    parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, order, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second "
                         "on this machine and hours to finish")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (default 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes or read pictures (default 1)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two rows of the CSV (default 50)")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -906,8 +1280,19 @@ def main():
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
-        for stage in stages if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
-            (dry_run if args.dry_run else train)(stage, args, device)
+            return
+        with first_before_others(), contextlib.redirect_stderr(io.StringIO() if ranks()[0] else sys.stderr):
+            args.data = args.data and gather(args.data, args.out, args.workers)
+        if args.data and not args.init and not ranks()[0] and len(args.data.names) < 1000:
+            print(f"{len(args.data.names)} pictures are too few to learn from scratch: thousands are needed, or --init "
+                  "CHECKPOINT to fine-tune", file=sys.stderr)
+        for stage in stages if args.stage == "all" else [args.stage]:
+            try:
+                (dry_run if args.dry_run else train)(stage, args, device)
+            except TooFew as error:
+                if args.stage != "all":
+                    raise
+                print(error, file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -44,7 +44,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
-                              init=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2, dry_run=False)
+                              init=None, data=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2,
+                              dry_run=False)
 
 
 def stopped_after(monkeypatch, saves):
@@ -309,5 +310,5 @@ def test_the_priors_checkpoints_hold_what_sampling_needs(tiny):
 def test_z_i_that_cannot_be_coded_stops_training_with_one_line(tiny, monkeypatch):
     train.train("clip", tiny, torch.device("cpu"))
     monkeypatch.setattr(train, "FIXED_SCENES", 10)
-    with pytest.raises(UserError, match="z_i of the priors' 10 scenes: PCA: 10 embeddings cannot give 16 components"):
+    with pytest.raises(UserError, match="ar-prior: z_i of 10 pictures: PCA: 10 embeddings cannot give 16 components"):
         train.train("ar-prior", tiny, torch.device("cpu"))
