@@ -708,7 +708,7 @@ def decoder_loss(model, batch, context):
 
 def seen(batch, context):
     """z_i of a batch for the decoder."""
-    return context["z_i"][batch[2]].to(context["device"]) if "z_i" in context else look(batch[0], context)
+    return context["z_i"][batch[2]].to(context["device"]) if len(batch) > 2 else look(batch[0], context)
 
 
 def decoder_picture(model, batch, context):
