@@ -21,6 +21,13 @@ class Exercise:
         return f"{self.number:02d}-{re.sub('[^a-z0-9]+', '-', self.title.lower()).strip('-')}.md"
 
 
+def rows(exercises):
+    """Their rows of the table in exercises/README.md."""
+    return "".join(f"| {e.number} | [{e.title}](pages/{e.page}) | §{e.section} | "
+                   f"{', '.join(dict.fromkeys(f.partition('.')[0] + '.py' for f in e.functions))} | {e.points} | {e.minutes} min |\n"
+                   for e in exercises)
+
+
 def copies(name, *stages):
     """The same function in several stage files."""
     return tuple(f"{stage}.{name}" for stage in stages)

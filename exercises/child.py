@@ -58,7 +58,7 @@ def pack(value, functions=None):
         if v is None or isinstance(v, (bool, int, float, str)):
             return v
         if isinstance(v, torch.Tensor):
-            flat = v.detach().cpu().contiguous().reshape(-1)
+            flat = v.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
             blobs.append(flat.view(torch.uint8).numpy().tobytes())
             return {"tensor": [str(v.dtype).removeprefix("torch."), list(v.shape), v.requires_grad]}
         if isinstance(v, (list, tuple)):
@@ -171,7 +171,7 @@ def complaint(error, path):
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
-    return {"kind": type(error).__name__, "message": str(error)[:300], "line": lines[-1] if lines else None}
+    return {"kind": type(error).__name__, "message": str(getattr(error, "msg", error))[:300], "line": lines[-1] if lines else None}
 
 
 def serve(sock, module):

@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from catalogue import EXERCISES, choose
+from catalogue import EXERCISES, choose, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -97,8 +97,7 @@ def hand_out(folder, numbers=()):
     files = {name: path for name, path in files.items() if not name.startswith("exercises/") or path.name in shown}
     names = [*files, *pages, "exercises/README.md"]
     index = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
-    gone = [exercise.page for exercise in EXERCISES if exercise not in exercises]
-    index = "".join(line for line in index.splitlines(True) if not any(page in line for page in gone))
+    index = re.sub(r"(?m)(^\| \d+ \|.*\n)+", lambda _: rows(exercises), index)
     written = {**sources(exercises), "exercises/README.md": unlink(index, "exercises", names),
                "README.md": student_readme(files["README.md"].read_text(encoding="utf-8"), exercises, names),
                **{page: unlink((ROOT / page).read_text(encoding="utf-8"), "exercises/pages", names) for page in pages}}
