@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 from clip_embed import UserError, one_line_errors  # noqa: E402
 
-COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/**/*", "weights/**/*", "exercises/pages/*.png")
+COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/**/*", "weights/*.py", "weights/shapes/*",
+          "exercises/pages/*.png")
 
 
 def find(tree, name):
