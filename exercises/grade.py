@@ -52,7 +52,7 @@ class Student:
         self.broken = None  # why the file cannot be imported
 
     def begin(self):
-        """A process that has imported the file, and the socket to it. Raises Failed."""
+        """Start a process that will import the file, and the socket to it. Raises OSError."""
         self.folder = tempfile.mkdtemp()
         for name, source in sources(EXERCISES).items():
             Path(self.folder, name).write_text(source, encoding="utf-8")
@@ -65,12 +65,15 @@ class Student:
         theirs.close()
 
     def start(self):
-        """Start the process, wait until it has imported the file. Raises Failed, and again at once if that once failed."""
+        """Start the process, wait until it has imported the file. Raises Failed, and again at once if that once failed; UserError."""
         if self.broken:
             raise Failed(self.broken)
         began = time.monotonic()
         try:
             self.begin()
+        except OSError as error:  # not the submission's fault
+            raise UserError(f"cannot start a process for {self.stage}.py: {error}") from None
+        try:
             self.talk([], began + STARTING)
         except Failed as failed:
             self.end()
@@ -92,7 +95,7 @@ class Student:
                     break
                 try:
                     answer = pack({"value": functions[reply["function"]](*reply["args"], **reply["kwargs"])}, functions)
-                except Failed:
+                except (Failed, UserError):
                     raise
                 except Exception as error:
                     answer = pack({"error": clean(f"{type(error).__name__}: {error}")})
@@ -101,7 +104,7 @@ class Student:
                 return reply["value"]
             kind, message, line = (reply["error"][k] for k in ("kind", "message", "line"))
             where = f" ({self.stage}.py, line {line})" if isinstance(line, int) else ""
-        except Failed:
+        except (Failed, UserError):
             self.end()
             raise
         except TimeoutError:
@@ -201,12 +204,14 @@ def verdict(student, function):
         CHECKS[function](partial(student.call, name))
     except Failed as failed:
         return str(failed)
+    except UserError:
+        raise
     except Exception:  # what it returned cannot even be compared
         return "what it returns does not have the form that its docstring promises"
 
 
-def grade(folder, numbers=(), seconds=10, progress=lambda exercise: None):
-    """[(exercise, points, {function: what is wrong with it or None})] of a student copy. Raises ValueError."""
+def grade(folder, numbers=(), seconds=5, progress=lambda exercise: None):
+    """[(exercise, points, {function: what is wrong with it or None})] of a student copy. Raises ValueError, UserError."""
     results, stages = {}, {}
     chosen = choose(numbers) if not numbers else [e for e in choose(numbers) if e.number in numbers]
     for exercise in chosen:
@@ -254,7 +259,7 @@ def main():
                                      "each exercise, and results.json as Gradescope reads it.")
     parser.add_argument("folder", type=Path, metavar="COPY", help="the folder that holds the student's clip_embed.py, prior.py, …")
     parser.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="the numbers of some exercises (default: all)")
-    parser.add_argument("--seconds", type=float, default=10, help="time that a function's check may take (default 10)")
+    parser.add_argument("--seconds", type=float, default=5, help="time that a function's check may take (default 5)")
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="where the results go (default results.json)")
     args = parser.parse_args()
     with one_line_errors():

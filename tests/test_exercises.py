@@ -265,8 +265,8 @@ def test_grading_a_full_copy_takes_under_three_minutes_and_gives_all_points_or_n
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_submission_cannot_talk_the_grader_into_points_or_outlive_it(tmp_path):
     report = "print('together 100 / 100', flush=True); import json; open('results.json', 'w').write(json.dumps({'tests': []})); raise SystemExit(0)"
-    leave = ("import _posixsubprocess, os\nr, w = os.pipe()\n_posixsubprocess.fork_exec([b'/bin/sleep'], [b'/bin/sleep'], True, (w,), None, None, -1, -1, -1, "
-             "-1, -1, -1, r, w, True, True, -1, None, None, None, -1, None)\nos._exit(0)").replace("[b'/bin/sleep'],", "[b'sleep', b'4321.25'],", 1)
+    leave = ("from multiprocessing.util import spawnv_passfds\nimport os\n"  # beyond the audit hook, in a session of its own
+             "spawnv_passfds(b'/usr/bin/setsid', [b'setsid', b'sleep', b'4321.25'], ())\nos._exit(0)")
     hostile = {"cosine_schedule": report, "q_sample": "import os\nwhile True: os.fork()", "posterior": "import os; os.kill(os.getppid(), 9)",
                "learned_log_variance": "import os; os.abort()", "normal_kl": "return torch.zeros(1 << 26)",
                "guided": "import gc\nfor s in [o for o in gc.get_objects() if type(o).__name__ == 'socket']: s.send(b'\\xff' * 64)\nwhile True: pass",
