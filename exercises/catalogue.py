@@ -1,4 +1,4 @@
-"""The exercises, in the paper's order: what hand_out.py takes out and grade.py looks at. To change the points, change them here."""
+"""The exercises, in the paper's order: what hand_out.py takes out and grade.py looks at. Points are set here."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ class Exercise:
 def rows(exercises):
     """Their rows of the table in exercises/README.md."""
     return "".join(f"| {e.number} | [{e.title}](pages/{e.page}) | §{e.section} | "
-                   f"{', '.join(dict.fromkeys(f.partition('.')[0] + '.py' for f in e.functions))} | {e.points} | {e.minutes} min |\n"
+                   f"{', '.join(dict.fromkeys(f.partition('.')[0] + '.py' for f in e.functions))} | {e.points} | {e.minutes} "
+                   f"min |\n"
                    for e in exercises)
 
 

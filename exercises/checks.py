@@ -100,7 +100,8 @@ def encode_word(run):
     def tokens(merges, word):
         tokenizer = clip_embed.Tokenizer(merges)
         ids = run(Made("Tokenizer", [list(m) for m in merges]), word)
-        expect(isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids), "the result is a list of "
+        expect(isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids),
+               "the result is a list of "
                "token numbers")
         return [tokenizer.tokens[i] for i in ids]
 
@@ -108,10 +109,13 @@ def encode_word(run):
     got = tokens([("b", "c"), ("a", "b")], "abcd")
     expect(got == ["a", "bc", "d</w>"], "of the pairs in a word the one that was learned earliest is merged first"
            + (": yours takes the leftmost or the latest" if got[:1] == ["ab"] else ""))
-    expect(tokens([("a", "b"), ("c", "d</w>"), ("ab", "cd</w>")], "abcd") == ["abcd</w>"], "merging goes on until no pair of the word "
+    expect(tokens([("a", "b"), ("c", "d</w>"), ("ab", "cd</w>")], "abcd") == ["abcd</w>"],
+           "merging goes on until no pair of the word "
            "was ever learned: merges of merges too")
-    expect(tokens([("a", "b")], "abab") == ["ab", "a", "b</w>"], "a merge of inner symbols does not apply at the word's marked end")
-    merges = clip_embed.learn_bpe(["a large striped red circle", "a small blue star above a star", "there is a green square"] * 2, 60)
+    expect(tokens([("a", "b")], "abab") == ["ab", "a", "b</w>"], "a merge of inner symbols does not apply at the word's "
+           "marked end")
+    merges = clip_embed.learn_bpe(["a large striped red circle", "a small blue star above a star",
+                                   "there is a green square"] * 2, 60)
     for word in ("circle", "stars", "squares", "a", "greed", "é", "abovestar"):
         symbols = clip_embed.to_symbols(word)
         for pair in merges:  # BPE's own definition: replay the merges in the order in which they were learned
@@ -127,18 +131,23 @@ def contrastive_loss(run):
         return (rows * row + columns * column) / 2
 
     z = F.normalize(torch.ones(8, 4), dim=1)
-    same(run(z, z, torch.tensor(2.0)), torch.tensor(math.log(8)), "where all embeddings are equal every caption is as likely as every "
+    same(run(z, z, torch.tensor(2.0)), torch.tensor(math.log(8)), "where all embeddings are equal every caption is as likely "
+         "as every "
          "other, and the loss of 8 pairs is log 8", {"take the mean over the batch, not the sum": 8 * math.log(8),
          "the two directions are averaged, not added": 2 * math.log(8)})
     z_i, z_t, scale = unit(6, 5, seed=1), unit(6, 5, seed=2), torch.tensor(1.3)
-    same(run(z_i, z_t, scale), loss(z_i, z_t, math.exp(1.3)), "the loss is cross-entropy over rows and columns of the scaled cosines", {
+    same(run(z_i, z_t, scale), loss(z_i, z_t, math.exp(1.3)), "the loss is cross-entropy over rows and columns of the scaled "
+         "cosines", {
         "logit_scale is a logarithm; multiply the cosines by its exponential": loss(z_i, z_t, 1.3),
-        "divided where it should be multiplied: logit_scale is the log of the inverse temperature": loss(z_i, z_t, math.exp(-1.3)),
+        "divided where it should be multiplied: logit_scale is the log of the inverse "
+        "temperature": loss(z_i, z_t, math.exp(-1.3)),
         "yours looks only along the rows, from pictures to captions": loss(z_i, z_t, math.exp(1.3), 2, 0),
         "yours looks only along the columns, from captions to pictures": loss(z_i, z_t, math.exp(1.3), 0, 2)})
-    same(run(z_i, z_t, torch.tensor(9.0)), loss(z_i, z_t, 100), "the temperature is held: exp(logit_scale) is never more than 100",
+    same(run(z_i, z_t, torch.tensor(9.0)), loss(z_i, z_t, 100), "the temperature is held: exp(logit_scale) is never more "
+         "than 100",
          tolerance=1e-3)
-    expect(loss(z_i, z_t, 5) > 0 and close(run(z_i, z_i, torch.tensor(4.0)), loss(z_i, z_i, math.exp(4))), "pairs that match have a "
+    expect(loss(z_i, z_t, 5) > 0 and close(run(z_i, z_i, torch.tensor(4.0)), loss(z_i, z_i, math.exp(4))),
+           "pairs that match have a "
            "small loss: row k of one belongs to row k of the other")
 
 
@@ -170,7 +179,8 @@ def q_sample(run):
         ones, zeros, a = torch.ones(shape), torch.zeros(shape), alphas[t].float().view(3, *[1] * (len(shape) - 1))
         same(run(ones, t, zeros, alphas), a.sqrt().expand(shape), "without noise x_t is √ᾱ_t x_0, each row with its own t", {
             "√ᾱ and √(1−ᾱ) are swapped": (1 - a).sqrt().expand(shape), "the square root is missing": a.expand(shape)})
-        same(run(zeros, t, ones, alphas), (1 - a).sqrt().expand(shape), "of x_0 = 0 is left √(1−ᾱ_t) ε, noise of variance 1 − ᾱ_t", {
+        same(run(zeros, t, ones, alphas), (1 - a).sqrt().expand(shape),
+             "of x_0 = 0 is left √(1−ᾱ_t) ε, noise of variance 1 − ᾱ_t", {
             "that is its variance; the noise is multiplied by its deviation, the square root": (1 - a).expand(shape),
             "1 − √ᾱ is not √(1 − ᾱ)": (1 - a.sqrt()).expand(shape)})
     x_0, eps = torch.randn(2, 3, 5, generator=rng(0))
@@ -199,15 +209,18 @@ def posterior(run):
             "the square root of 1 − β is missing": x_t * math.sqrt(step), "that has √ᾱ_t where √(1−β) should be":
             x_t / math.sqrt(step) * math.sqrt(a_t)}, 1e-6)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
-    same(run(alphas, before)[2][1:], ((1 - before) / (1 - alphas) * (1 - alphas / before))[1:], "tensors of ᾱ give tensors", tolerance=1e-9)
+    same(run(alphas, before)[2][1:], ((1 - before) / (1 - alphas) * (1 - alphas / before))[1:], "tensors of ᾱ give tensors",
+         tolerance=1e-9)
 
 
 def learned_log_variance(run):
     beta, tilde = torch.tensor(0.02), torch.tensor(0.005)
     ends = run(torch.tensor([0.0, 1.0]), beta, tilde)
     same(ends, torch.tensor([0.005, 0.02]).log(), "v = 0 is the variance β̃ and v = 1 is β; the result is its logarithm", {
-        "the ends are swapped": torch.tensor([0.02, 0.005]).log(), "these are the variances themselves": torch.tensor([0.005, 0.02])})
-    same(run(torch.tensor(0.5), beta, tilde), torch.tensor(0.01).log(), "halfway is the geometric mean: logarithms are interpolated, not "
+        "the ends are swapped": torch.tensor([0.02, 0.005]).log(), "these are the variances "
+        "themselves": torch.tensor([0.005, 0.02])})
+    same(run(torch.tensor(0.5), beta, tilde), torch.tensor(0.01).log(),
+         "halfway is the geometric mean: logarithms are interpolated, not "
          "variances", {"yours is the logarithm of the arithmetic mean": torch.tensor(0.0125).log()})
     v = torch.linspace(-0.2, 1.2, 12).view(2, 3, 2, 1)
     same(run(v, beta, tilde), v * math.log(0.02) + (1 - v) * math.log(0.005), "v may be of any shape, and is not clamped")
@@ -226,12 +239,14 @@ def normal_kl(run):
     for case in ((0.3, 0.5, -0.2, 0.9), (0.0, 2.0, 1.5, 0.4), (1.0, 0.7, -1.0, 0.7)):
         m1, v1, m2, v2 = case
         right = integral(*case)
-        same(kl(*case), right, "the KL divergence is the mean, under the first Gaussian, of the difference of the log densities", {
+        same(kl(*case), right, "the KL divergence is the mean, under the first Gaussian, of the difference of the log "
+             "densities", {
             "yours is that of the second from the first: it is not symmetric": integral(m2, v2, m1, v1),
             "the factor one half is missing": 2 * right, "it is in nats, not in bits": right / math.log(2),
             "the distance of the means is divided by the second's variance, not the first's":
                 right + (m1 - m2) ** 2 / 2 * (1 / v1 - 1 / v2),
-            "the distance of the means is divided by the variance, not the deviation": right + (m1 - m2) ** 2 / 2 * (v2 ** -0.5 - 1 / v2)})
+            "the distance of the means is divided by the variance, not the "
+            "deviation": right + (m1 - m2) ** 2 / 2 * (v2 ** -0.5 - 1 / v2)})
     x = torch.randn(4, 2, 3, generator=rng(0))
     same(run(*x), torch.stack([integral(a, math.exp(b), c, math.exp(d)) for a, b, c, d in x.flatten(1).T.tolist()]).view(2, 3),
          "tensors are taken element by element", tolerance=1e-3)
@@ -279,15 +294,19 @@ def context_attention(run):
     other[0, 2] += 3
     expect(close(run(block(weights), x, other, mask), got), "what the mask hides (False) does not matter")
     other[0, 0] += 3
-    expect(not close(run(block(weights), x, other, mask), got), "the picture looks at the context, whose keys and values stand before its own")
+    expect(not close(run(block(weights), x, other, mask), got), "the picture looks at the context, whose keys and values "
+           "stand before its own")
     same(got, right, "softmax of q·k/√(head width) over the context and the picture, times the values", {
-        "q·k is not divided by the root of a head's width": by_hand(1.0), "q·k is divided by the root of a head's width, not of all channels":
-        by_hand(C ** -0.5), "q·k is divided by a head's width, not by its root": by_hand(1 / hs), "x is to be normalized first": by_hand(norm=False),
+        "q·k is not divided by the root of a head's width": by_hand(1.0),
+        "q·k is divided by the root of a head's width, not of all channels":
+        by_hand(C ** -0.5), "q·k is divided by a head's width, not by its root": by_hand(1 / hs),
+        "x is to be normalized first": by_hand(norm=False),
         "the mask hides where it is False": by_hand(see=~mask), "the mask is not used": by_hand(see=mask | True)})
 
 
 def inject(run):
-    sizes = dict(image_size=16, channels=16, depth=1, multiples=(1, 2), attention=(8,), head_channels=16, norm_groups=8, dropout=0.0,
+    sizes = dict(image_size=16, channels=16, depth=1, multiples=(1, 2), attention=(8,), head_channels=16, norm_groups=8,
+                 dropout=0.0,
                  embed_dim=8, clip_text_width=16, text_layers=0, text_width=12, text_heads=2, text_context=77, vocab_size=50)
     weights = filled(decoder.Decoder(decoder.DecoderConfig(**sizes)))
     model = Made("Decoder", Made("DecoderConfig", **sizes), weights=weights)
@@ -301,22 +320,26 @@ def inject(run):
     tokens = project("z_i_to_context")
     same(context[:, :4], tokens.view(2, 4, 12), "the first four rows of the context are z_i's tokens, made by one projection", {
         "the caption's states come after z_i's tokens": states[:, :4],
-        "each token is a run of text_width numbers of the projection, not every fourth one": tokens.view(2, 12, 4).transpose(1, 2)})
+        "each token is a run of text_width numbers of the projection, not every "
+        "fourth one": tokens.view(2, 12, 4).transpose(1, 2)})
     same(context[:, 4:], states, "the caption's states follow z_i's tokens unchanged")
     expect(seen.dtype == torch.bool and seen.shape == (2, 9), "the mask grows with the context: one bool a row")
-    expect(bool(seen[:, :4].all()) and torch.equal(seen[:, 4:], mask), "z_i's four tokens can always be seen, and the caption's mask moves "
+    expect(bool(seen[:, :4].all()) and torch.equal(seen[:, 4:], mask),
+           "z_i's four tokens can always be seen, and the caption's mask moves "
            "behind them" + (": yours has its four new places at the end" if bool(seen[:, 5:].all()) else ""))
 
 
 def check_guidance(eps_at, given, free, half):
-    """The statements about guidance that hold in every stage; eps_at(w) is the guided prediction, half: with half of what is given."""
+    """What holds of guidance in every stage; eps_at(w) is the guided prediction, half: mistakes in what is dropped."""
     same(eps_at(1), given, "guidance scale 1 must return the conditional prediction", {
         "yours returns the unconditional one: guidance is the wrong way round": free,
         "(1+w) ε(c) − w ε(∅) is another convention, whose w is ours minus one": 2 * given - free})
     same(eps_at(0), free, "guidance scale 0 must return the unconditional prediction", {
         "yours returns the conditional one": given, **half})
-    same(eps_at(3), free + 3 * (given - free), "guidance goes from the unconditional prediction past the conditional one: ε(∅) + w (ε(c) − ε(∅))", {
-        "yours starts from the conditional one": given + 3 * (given - free), "guidance is the wrong way round": free + 3 * (free - given)})
+    same(eps_at(3), free + 3 * (given - free), "guidance goes from the unconditional prediction past the conditional one: "
+         "ε(∅) + w (ε(c) − ε(∅))", {
+        "yours starts from the conditional one": given + 3 * (given - free),
+        "guidance is the wrong way round": free + 3 * (free - given)})
 
 
 def guided_decoder(run):
@@ -325,10 +348,11 @@ def guided_decoder(run):
     null, times = {"z_t": unit(1, 4, seed=4), "mask": torch.ones(1, 3, dtype=torch.bool)}, []
 
     def model(x, t, z_i, text):
-        expect(len({len(x), len(t), len(z_i), *map(len, text.values())}) == 1, "the network's inputs are all of one batch: the null "
+        expect(len({len(x), len(t), len(z_i), *map(len, text.values())}) == 1,
+               "the network's inputs are all of one batch: the null "
                "caption, one row, is repeated for each picture")
         times.extend(t.tolist())
-        say = lambda a, b: ((a * torch.tensor([1.0, 2, 3, 4])).sum(1) + (b * torch.tensor([2.0, -1, 1, 3])).sum(1))[:, None, None, None]
+        say = lambda a, b: (a @ torch.tensor([1.0, 2, 3, 4]) + b @ torch.tensor([2.0, -1, 1, 3])).view(-1, 1, 1, 1)
         return 0.1 * x * t[:, None, None, None] / 500 + say(z_i, text["z_t"]), (0 * x + say(z_i, 0 * z_i)) / 10
 
     t, nothing = torch.full((2,), 500), {k: v.expand(2, -1) for k, v in null.items()}
@@ -355,7 +379,8 @@ def decoder_loss(run):
     null, seen = {"z_t": torch.zeros(1, 2), "mask": torch.ones(1, 1, dtype=torch.bool)}, {}
 
     def model(x_t, t, z_i, text):
-        expect(x_t.shape == x_0.shape and t.shape == (B,) and t.dtype == torch.int64 and 0 <= int(t.min()) and int(t.max()) < 1000,
+        whole = t.shape == (B,) and t.dtype == torch.int64 and 0 <= int(t.min()) and int(t.max()) < 1000
+        expect(x_t.shape == x_0.shape and whole,
                "each picture gets a timestep of its own, a whole number from 0 to 999")
         seen.update(x_t=x_t.double(), t=t, z_i=z_i[:, 0] == 0, caption=text["z_t"][:, 0] == 0)
         seen["eps"], seen["v"] = 0.4 * x_t + 0.1, 0.5 + 0.1 * x_t
@@ -376,14 +401,18 @@ def decoder_loss(run):
     share = lambda rows: float(rows.double().mean())
     t = seen["t"].double()
     expect(abs(float(t.mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984, "the timesteps are drawn evenly from all 1000")
-    expect(abs(float(noise.mean())) < 0.05 and abs(float(noise.var()) - 1) < 0.06, "x_t is q_sample of x_0 with noise from N(0, 1)")
+    expect(abs(float(noise.mean())) < 0.05 and abs(float(noise.var()) - 1) < 0.06,
+           "x_t is q_sample of x_0 with noise from N(0, 1)")
     z, c = share(seen["z_i"]), share(seen["caption"])
-    expect(abs(z - 0.1) < 0.025 and abs(c - 0.5) < 0.04, f"z_i is dropped 10% of the time and the caption 50% (yours {z:.0%} and {c:.0%})")
-    expect(abs(share(seen["z_i"] & ~seen["caption"]) - 0.05) < 0.017, "the two are dropped independently: with one random number for both, "
+    expect(abs(z - 0.1) < 0.025 and abs(c - 0.5) < 0.04, f"z_i is dropped 10% of the time and the caption 50% (yours {z:.0%} "
+           f"and {c:.0%})")
+    expect(abs(share(seen["z_i"] & ~seen["caption"]) - 0.05) < 0.017, "the two are dropped independently: with one random "
+           "number for both, "
            "z_i is never dropped while the caption is kept")
     same(got, squares.mean() + 0.001 * 1000 * vlb, "the loss is L_simple + 0.001 T L_vlb's drawn term", {
         "a term of the bound stands for all T of them: it is multiplied by T before the 0.001": squares.mean() + 0.001 * vlb,
-        "the bound is missing": squares.mean(), "L_simple is a mean, not a sum": squares.sum() + vlb, "the bound has the weight 0.001":
+        "the bound is missing": squares.mean(), "L_simple is a mean, not a sum": squares.sum() + vlb,
+        "the bound has the weight 0.001":
         squares.mean() + 1000 * vlb})
     expect(seen["detached"], "the bound trains only the variance: ε goes into it detached")
     expect(seen["learns"], "the bound trains the variance: v goes into it with its gradient")
@@ -408,8 +437,10 @@ def ddim_step(run):
             "that is the root of β": (1 - a_t / a_s) ** 0.5})
         same(run(x_0, eps, a_t, a_s, 0.5)[1], 0.5 * variance ** 0.5, "the deviation grows in proportion to η", {
             "η multiplies the deviation, not the variance": (0.5 * variance) ** 0.5})
-        same(mean, math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - variance) * eps, "what is kept of ε and what is drawn have together the variance "
-             "1 − ᾱ_s", {"ε keeps its whole share, and the noise drawn comes on top": math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s) * eps,
+        same(mean, math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s - variance) * eps,
+             "what is kept of ε and what is drawn have together the variance "
+             "1 − ᾱ_s", {"ε keeps its whole share, and the noise drawn comes "
+                         "on top": math.sqrt(a_s) * x_0 + math.sqrt(1 - a_s) * eps,
                          "the variance is subtracted under the root, not the deviation": math.sqrt(a_s) * x_0 + math.sqrt(
                              max(0, 1 - a_s - variance ** 0.5)) * eps})
 
@@ -431,7 +462,8 @@ def gaussian_blur(run):
     kernel = lambda w: F.pad(torch.outer(w, w) / w.sum() ** 2, (2, 2, 2, 2))
     for sigma in (0.6, 1.0):
         w = lambda power, factor: torch.exp(-torch.tensor([1.0, 0, 1]) / (factor * sigma ** power))
-        same(run(dot, sigma)[0, 1], kernel(w(2, 2)), f"a dot becomes the Gaussian exp(−d²/(2σ²)) in both directions (σ = {sigma})", {
+        same(run(dot, sigma)[0, 1], kernel(w(2, 2)), f"a dot becomes the Gaussian exp(−d²/(2σ²)) in both directions (σ = "
+             f"{sigma})", {
             "the factor 2 under the exponent is missing": kernel(w(2, 1)), "σ is to be squared": kernel(w(1, 2))})
 
 
@@ -444,12 +476,15 @@ def training_crops(run):
     blurred = upsample.gaussian_blur(small[None].float())[0].round()
     config = upsample.UpsamplerConfig(low_size=16, image_size=64, crop=0.25)
     highs, lows = run(picture, config, np.random.SeedSequence(1), 150)
-    expect(all(isinstance(c, torch.Tensor) and c.dtype == torch.uint8 for c in (highs, lows)), "both are uint8 tensors: (high, low)")
-    expect(highs.shape == (150, 3, 16, 16) and lows.shape == (150, 3, 4, 4), "a crop has a quarter of the side: 16 of 64 and 4 of 16 pixels")
+    expect(all(isinstance(c, torch.Tensor) and c.dtype == torch.uint8 for c in (highs, lows)),
+           "both are uint8 tensors: (high, low)")
+    expect(highs.shape == (150, 3, 16, 16) and lows.shape == (150, 3, 4, 4),
+           "a crop has a quarter of the side: 16 of 64 and 4 of 16 pixels")
     places, plain, late = [], 0, 0
     for high, low in zip(highs, lows):
         found = [(x, y) for x in range(13) for y in range(13) if torch.equal(large[:, 4 * y:4 * y + 16, 4 * x:4 * x + 16], high)]
-        expect(found, "high crops begin on the low-resolution grid: low pixel (i, j) lies over high pixels (4i … 4i+3, 4j … 4j+3)")
+        expect(found, "high crops begin on the low-resolution grid: low pixel (i, j) lies over high pixels (4i … 4i+3, 4j … "
+               "4j+3)")
         x, y = found[0]
         part = (slice(None), slice(y, y + 4), slice(x, x + 4))
         plain += torch.equal(small[part], low)
@@ -457,7 +492,8 @@ def training_crops(run):
         alone = upsample.gaussian_blur(small[part][None].float())[0].round()
         late += not torch.equal(small[part], low) and bool((alone - low).abs().max() <= 1)
         if not torch.equal(small[part], low) and not (blurred[part] - low).abs().max() <= 1:
-            expect(not late, "the picture is damaged whole and then cropped: a crop damaged by itself has borders that the whole never has")
+            expect(not late, "the picture is damaged whole and then cropped: a crop damaged by itself has borders that the "
+                   "whole never has")
             raise Failed("a low crop is the low-resolution picture over the same place as its high crop, as it is or blurred")
     expect(45 <= plain <= 105, f"half of the crops are blurred, half are sharp (yours: {plain} of 150 sharp)")
     for axis in zip(*places):
@@ -468,7 +504,8 @@ def training_crops(run):
     sharp = small.unfold(1, 4, 1).unfold(2, 4, 1).flatten(1, 2).transpose(0, 1)
     found = [[k for k in range(len(whole)) if torch.equal(whole[k], high)] for high in highs]
     expect(all(found), "high crops are never damaged")
-    expect(sum(torch.equal(sharp[k[0]], low) for k, low in zip(found, lows)) < 25, "where the config says bsr, bsr_degrade damages the condition")
+    expect(sum(torch.equal(sharp[k[0]], low) for k, low in zip(found, lows)) < 25,
+           "where the config says bsr, bsr_degrade damages the condition")
 
 
 # ----------------------------------------------------------------------------- the prior (§2.2)
@@ -480,15 +517,19 @@ def sequence(run):
     reference.load_state_dict(weights)
     model, L = Made("DiffusionPrior", Made("PriorConfig", **sizes), weights=weights), 5
     z, t = torch.randn(2, 8, generator=rng(1)), torch.tensor([7, 800])
-    text = {"states": torch.randn(2, L, 6, generator=rng(2)), "z_t": unit(2, 8, seed=3), "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2])}
+    text = {"states": torch.randn(2, L, 6, generator=rng(2)), "z_t": unit(2, 8, seed=3),
+            "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2])}
     x, mask = run(model, z, t, text)
-    expect(isinstance(x, torch.Tensor) and x.shape == (2, L + 4, 16), "the sequence has the caption's states and four places more")
-    expect(isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == (2, 1, L + 4, L + 4), "the mask is bool, (B, 1, L + 4, L + 4)")
+    expect(isinstance(x, torch.Tensor) and x.shape == (2, L + 4, 16), "the sequence has the caption's states and four "
+           "places more")
+    expect(isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == (2, 1, L + 4, L + 4),
+           "the mask is bool, (B, 1, L + 4, L + 4)")
     mask = mask[:, 0]
     expect(not bool(mask[0].triu(1).any()), "no place may look at a later one: row i, column j > i is False")
     expect(bool(mask[1][-1, L:L + 3].all()), "only the caption is padded: the last four places can be looked at")
     expect(bool(mask[0].diagonal().all()), "each place may look at itself: the diagonal is True (the mask is off by one)")
-    expect(bool((mask[0] | torch.ones_like(mask[0]).triu(1)).all()), "each place may look at all earlier ones that are no padding")
+    expect(bool((mask[0] | torch.ones_like(mask[0]).triu(1)).all()), "each place may look at all earlier ones that are no "
+           "padding")
     expect(not bool(mask[1][:, 3:L].any()), "no place may look at padding: its columns are False")
     with torch.no_grad():
         place, L = weights["positional_embedding"], 5
@@ -522,12 +563,15 @@ def prior_loss(run):
     got = run(model, z_i, text, null)
     t, z_0 = seen["t"], z_i.double() * prior.scale(d)
     a = alphas[t][:, None]
-    expect(abs(float(t.double().mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984, "the timesteps are drawn evenly from all 1000")
+    expect(abs(float(t.double().mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984,
+           "the timesteps are drawn evenly from all 1000")
     early = float(seen["z"][t < 20].norm(dim=1).mean())
-    expect(abs(early - prior.scale(d)) < 0.1, f"unit-norm z_i are multiplied by scale(d) before noise is added, here {prior.scale(d):.2f} (yours by "
+    expect(abs(early - prior.scale(d)) < 0.1, f"unit-norm z_i are multiplied by scale(d) before noise is added, here "
+           f"{prior.scale(d):.2f} (yours by "
            f"about {early:.2f}): else the noise drowns them")
     noise = (seen["z"] - a.sqrt() * z_0) / (1 - a).sqrt()
-    expect(abs(float(noise.mean())) < 0.03 and abs(float(noise.var()) - 1) < 0.04, "z_i^(t) is q_sample of the scaled z_i with noise from N(0, 1)")
+    expect(abs(float(noise.mean())) < 0.03 and abs(float(noise.var()) - 1) < 0.04,
+           "z_i^(t) is q_sample of the scaled z_i with noise from N(0, 1)")
     share = float(seen["dropped"].double().mean())
     expect(abs(share - 0.1) < 0.025, f"the caption is dropped 10% of the time (yours {share:.0%})")
     out, mse = 0.5 * seen["z"] + 0.1, lambda a, b: (a - b).square().mean()
@@ -547,25 +591,31 @@ def estimate_errors(run):
     line = torch.arange(1000) / 1000
     rungs = prior.ladder(112, 999)
     absolute = torch.from_numpy(np.interp(np.arange(1000), rungs, [(k / 1000) ** 0.5 * (1 + 3 ** 0.5) / 2 for k in rungs]))
-    same(run(model, batches), 2 * line, "errors[t] is the mean squared error of a coordinate at t, over all batches, with straight lines between "
-         "the points", {"yours is of the last batch alone": 3 * line, "yours is of the first batch alone": line, "yours is the sum over the "
-                        "coordinates": 2 * d * line, "yours is the sum over the batches": 4 * line, "the squared error is asked for": absolute}, tolerance=1e-3)
+    same(run(model, batches), 2 * line, "errors[t] is the mean squared error of a coordinate at t, over all batches, with "
+         "straight lines between "
+         "the points", {"yours is of the last batch alone": 3 * line, "yours is of the first batch alone": line,
+                        "yours is the sum over the "
+                        "coordinates": 2 * d * line, "yours is the sum over the batches": 4 * line,
+                        "the squared error is asked for": absolute}, tolerance=1e-3)
 
 
 def pca(run):
     g = rng(0)
     turn = torch.linalg.qr(torch.randn(5, 5, generator=g))[0]
-    batches = [torch.randn(n, 5, generator=g) * torch.tensor([3.0, 2, 1.2, 0.7, 0.3]) @ turn + shift for n, shift in ((100, 1.0), (40, -0.5), (60, 2.0))]
+    batches = [torch.randn(n, 5, generator=g) * torch.tensor([3.0, 2, 1.2, 0.7, 0.3]) @ turn + shift for n,
+               shift in ((100, 1.0), (40, -0.5), (60, 2.0))]
     z = torch.cat(batches).double()
     mean, components, variances = run(batches)
     same(mean, z.mean(0), "the mean is that of all embeddings, whatever the batches", {
-        "batches count by their sizes: yours is the mean of the batches' means": torch.stack([b.double().mean(0) for b in batches]).mean(0)})
+        "batches count by their sizes: yours is the mean of the batches' "
+        "means": torch.stack([b.double().mean(0) for b in batches]).mean(0)})
     def spectrum(centred, n):
         return torch.linalg.svdvals(centred) ** 2 / n
     right = spectrum(z - z.mean(0), 200)
     within = torch.cat([b.double() - b.double().mean(0) for b in batches])
     same(variances, right, "the variances along the components, largest first", {
-        "yours are ascending": right.flip(0), "subtract the mean first": spectrum(z, 200), "divide by n, not n − 1": right * 200 / 199,
+        "yours are ascending": right.flip(0), "subtract the mean first": spectrum(z, 200),
+        "divide by n, not n − 1": right * 200 / 199,
         "these are sums, not yet divided by n": right * 200, "these are deviations": right.sqrt(),
         "the batches' means differ, and that is variance too": spectrum(within, 200)})
     vectors = torch.linalg.svd(z - z.mean(0))[2]
@@ -590,11 +640,13 @@ def quantile_buckets(run):
     for row, edge, centre in zip(values, edges.contiguous(), centres):
         bucket = torch.searchsorted(edge, row)
         counts = torch.bincount(bucket, minlength=8)
-        expect(bool((counts - 500).abs().max() <= 2), f"the buckets hold equally many values, here 500 each (yours {counts.tolist()}): they are not "
+        expect(bool((counts - 500).abs().max() <= 2), f"the buckets hold equally many values, here 500 each (yours "
+               f"{counts.tolist()}): they are not "
                "equally wide")
         for k in range(8):
             inside = row[bucket == k]
-            expect(abs(int((inside < centre[k]).sum()) - 250) <= 2, "a bucket's centre is its median: as many of its values lie below as above")
+            expect(abs(int((inside < centre[k]).sum()) - 250) <= 2, "a bucket's centre is its median: as many of its values "
+                   "lie below as above")
     same(run(torch.arange(5.0), 2)[0], torch.tensor([2.0]), "two buckets meet at the median")
 
 
@@ -607,17 +659,20 @@ def embeddings():
 def fit_codes(run):
     z, right = embeddings(), prior.fit_codes(embeddings(), 256)
     codes, K = run(z, 256), len(right["components"])
-    expect(isinstance(codes, dict) and codes.keys() == right.keys(), "the result is a dictionary of mean, components, edges and centres")
+    expect(isinstance(codes, dict) and codes.keys() == right.keys(), "the result is a dictionary of mean, components, edges "
+           "and centres")
     kept = len(codes["components"])
     expect(kept == K, f"kept are the fewest components for which under 1% of the variance is lost: {K} here, yours keeps {kept}")
-    for name, what in (("mean", "the embeddings' mean"), ("components", "the first components"), ("edges", "the edges of each component's buckets"),
+    for name, what in (("mean", "the embeddings' mean"), ("components", "the first components"),
+                       ("edges", "the edges of each component's buckets"),
                        ("centres", "the centres of each component's buckets")):
         same(codes[name], right[name], f"{name} holds {what}, of the values along the components less the mean", {
             "the values are those of (z_i − mean), not of z_i": right[name] + (right["mean"] @ right["components"].T)[:, None]}
             if name in ("edges", "centres") else None, 1e-3)
     expect(all(v.dtype == torch.float32 for v in codes.values()), "the arrays are float32")
     more = prior.fit_codes(z, 256, 0.0003)
-    expect(len(run(z, 256, 0.0003)["components"]) == len(more["components"]), "what may be lost is `lose`; quantization's blur counts too")
+    expect(len(run(z, 256, 0.0003)["components"]) == len(more["components"]),
+           "what may be lost is `lose`; quantization's blur counts too")
     refuses(run, "buckets too few for any number of components raise ValueError", "ValueError", z, 2)
 
 
@@ -644,8 +699,10 @@ def decode(run):
     numbers = (((z - codes["mean"]) @ codes["components"].T)[..., None] > codes["edges"]).sum(-1)
     raw = values @ codes["components"]
     got = run(model, numbers)
-    same(got, F.normalize(raw + codes["mean"], dim=1), "z_i is made of the buckets' centres along the components, plus the mean, at unit norm", {
-        "the mean is to be added back": F.normalize(raw, dim=1), "cutting components off and rounding lose unit norm: renormalize": raw + codes["mean"]})
+    same(got, F.normalize(raw + codes["mean"], dim=1), "z_i is made of the buckets' centres along the components, plus the "
+         "mean, at unit norm", {
+        "the mean is to be added back": F.normalize(raw, dim=1), "cutting components off and rounding lose unit norm: "
+        "renormalize": raw + codes["mean"]})
     expect(bool(((got * z).sum(1) > 0.99).all()), "decoding the codes of z_i gives nearly z_i again")
 
 
@@ -656,7 +713,8 @@ def invert(run):
     alphas, x_0, times, starts = decoder.cosine_schedule(), 0.2 + 0.3 * torch.randn(2, 3, 8, 8, generator=rng(0)), [], []
 
     def model(x, t, z_i, text):
-        expect(x.shape == x_0.shape and bool((z_i == 1).all()), "inversion is unguided: the network is asked for the condition alone")
+        expect(x.shape == x_0.shape and bool((z_i == 1).all()), "inversion is unguided: the network is asked for the "
+               "condition alone")
         times.append(int(t[0]))
         starts.append(x)
         a = alphas[t].view(-1, 1, 1, 1)
@@ -667,11 +725,13 @@ def invert(run):
     z_i, text, steps = torch.ones(2, 4), {"z_t": torch.zeros(2, 4)}, 20
     rungs = decoder.inversion_ladder(steps)
     x_T = run(model, x_0, z_i, text, generators(2), steps)
-    expect(times and times[0] == rungs[0], f"inversion climbs: it begins at the lowest of inversion_ladder's steps, t = {rungs[0]}, and ends at the highest"
+    expect(times and times[0] == rungs[0], f"inversion climbs: it begins at the lowest of inversion_ladder's steps, t = "
+           f"{rungs[0]}, and ends at the highest"
            + (": yours begins at the top" if times[:1] == rungs[-1:] else ""))
     a = float(alphas[rungs[0]])
     noise = (starts[0] - math.sqrt(a) * x_0) / math.sqrt(1 - a)
-    expect(abs(float(noise.var()) - 1) < 0.2, "it starts from x_t ~ q(x_t|x_0) on the lowest rung, with noise drawn from the generators, not from x_0 itself")
+    expect(abs(float(noise.var()) - 1) < 0.2, "it starts from x_t ~ q(x_t|x_0) on the lowest rung, with noise drawn from the "
+           "generators, not from x_0 itself")
     expect(times == rungs, "the network is asked once on each rung, in ascending order")
     times.clear()
     right = decoder.invert(model, x_0, z_i, text, generators(2), steps)
@@ -691,20 +751,27 @@ def slerp(run):
     a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])
     for theta in (0.2, 0.5):
         line = (1 - theta) * a + theta * b
-        same(run(a, b, theta), right(theta * math.pi / 2), f"between two unit vectors at a right angle, θ = {theta} is on the circle, at {theta} of the angle", {
-            "that is the straight line: its vectors are too short": line, "equal θ are equal angles: a straight line, normalized, "
-            "moves faster in the middle": F.normalize(line, dim=1), "θ runs the other way: 0 is a, 1 is b": right((1 - theta) * math.pi / 2)})
+        same(run(a, b, theta), right(theta * math.pi / 2), f"between two unit vectors at a right angle, θ = {theta} is on the "
+             f"circle, at {theta} of the angle", {
+            "that is the straight line: its vectors are too short": line,
+            "equal θ are equal angles: a straight line, normalized, "
+            "moves faster in the middle": F.normalize(line, dim=1), "θ runs the other way: 0 is a, "
+            "1 is b": right((1 - theta) * math.pi / 2)})
     a, b = unit(4, 16, seed=1), unit(4, 16, seed=2)
     same(run(a, b, 0), a, "θ = 0 is a")
     same(run(a, b, 1), b, "θ = 1 is b")
     path = torch.stack([run(a, b, k / 4) for k in range(5)]).double()
     same(path.norm(dim=-1), torch.ones(5, 4), "slerp of unit vectors keeps unit norm")
     angle = torch.acos((a * b).sum(1).double()) / 4
-    same(torch.acos((path[1:] * path[:-1]).sum(-1).clamp(-1, 1)), angle.expand(4, 4), "equal steps of θ are equal angles, in each row", tolerance=1e-3)
-    same(run(torch.tensor([[2.0, 0]]), torch.tensor([[0, 4.0]]), 0.25).norm(), torch.tensor(2.5), "the norms change evenly: the angle is taken between "
-         "the directions, and the length goes from |a| to |b|", {"vectors are normalized before the angle is taken; then their length is put back": 1.0})
+    same(torch.acos((path[1:] * path[:-1]).sum(-1).clamp(-1, 1)), angle.expand(4, 4),
+         "equal steps of θ are equal angles, in each row", tolerance=1e-3)
+    same(run(torch.tensor([[2.0, 0]]), torch.tensor([[0, 4.0]]), 0.25).norm(), torch.tensor(2.5),
+         "the norms change evenly: the angle is taken between "
+         "the directions, and the length goes from |a| to |b|", {"vectors are normalized before the angle is taken; then "
+                                                                 "their length is put back": 1.0})
     x, y = torch.randn(2, 1, 3, 32, 32, generator=rng(3))
-    expect(abs(float(run(x, y, 0.5).var()) - 1) < 0.08, "noise stays as large as noise is: pictures are flattened, and the result has their shape")
+    expect(abs(float(run(x, y, 0.5).var()) - 1) < 0.08, "noise stays as large as noise is: pictures are flattened, and the "
+           "result has their shape")
     same(run(a, a, 0.3), a, "between two equal vectors there is only that one (and no division by sin 0)")
     same(run(a, 3 * a, 0.5), 2 * a, "parallel vectors keep their direction")
     refuses(run, "opposite vectors raise UserError: no shortest way leads from one to the other", "UserError", a, -a, 0.5)
@@ -720,7 +787,8 @@ def on_circle(a, b, theta):
 def spied(B, n, seen):
     """A stand-in for manipulate.decode that remembers what it was asked for."""
     def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False):
-        expect(z_i.shape == (B, n, 6) and x_T.shape == (B, n, 3, 2, 2), f"decode is given z_i and x_T of all {n} frames of the {B} pictures")
+        expect(z_i.shape == (B, n, 6) and x_T.shape == (B, n, 3, 2, 2),
+               f"decode is given z_i and x_T of all {n} frames of the {B} pictures")
         seen.update(z_i=z_i.double(), x_T=x_T, captions=captions, eta=eta, steps=steps)
         return z_i[..., :1, None, None].expand(B, n, 3, 2, 2)
     return decode
@@ -728,7 +796,8 @@ def spied(B, n, seen):
 
 def text_diff(run):
     words = {"a red circle": unit(6, seed=5), "a blue circle": unit(6, seed=6), "the same circle": unit(6, seed=5)}
-    z_i, x_T, seen, stack = unit(2, 6, seed=1), torch.randn(2, 3, 2, 2, generator=rng(2)), {}, {"clip": "clip", "tokenizer": "tokenizer"}
+    z_i, x_T, seen, stack = unit(2, 6, seed=1), torch.randn(2, 3, 2, 2, generator=rng(2)), {}, {"clip": "clip",
+        "tokenizer": "tokenizer"}
 
     def encode_captions(clip, tokenizer, captions):
         expect(all(caption in words for caption in captions), "the captions read are `to` and `source`")
@@ -739,18 +808,22 @@ def text_diff(run):
     there, here = words["a blue circle"].expand(2, -1), words["a red circle"].expand(2, -1)
     z, toward = seen["z_i"], F.normalize(there - here, dim=1)
     same(z[:, 0], z_i, "the first frame, θ = 0, is the picture's own z_i", {"the way leads from z_i to z_d, not back": toward})
-    same(z[:, 4], on_circle(z_i, toward, 0.4), "the last frame is slerp(z_i, z_d, maximum), with z_d the normalized difference of the captions", {
+    same(z[:, 4], on_circle(z_i, toward, 0.4), "the last frame is slerp(z_i, z_d, maximum), with z_d the normalized "
+         "difference of the captions", {
         "the difference is the wanted caption less the picture's own": on_circle(z_i, -toward, 0.4),
-        "yours goes towards the wanted caption itself": on_circle(z_i, there, 0.4), "yours goes all the way: θ ends at maximum": toward,
+        "yours goes towards the wanted caption itself": on_circle(z_i, there, 0.4),
+        "yours goes all the way: θ ends at maximum": toward,
         "z_d is to be normalized": on_circle(z_i, toward, 0.4) * (0.6 + 0.4 * (there - here).norm(dim=1, keepdim=True))})
     for k in range(5):
         same(z[:, k], on_circle(z_i, toward, 0.1 * k), "the frames' θ are evenly spaced from 0 to maximum")
     same(seen["x_T"], x_T[:, None].expand(-1, 5, -1, -1, -1), "x_T stays the picture's own in all frames")
-    expect(seen["eta"] == 0 and seen["steps"] == 20 and seen["captions"] == "a caption", "decoding repeats the inversion's captions and steps, with η = 0")
+    expect(seen["eta"] == 0 and seen["steps"] == 20 and seen["captions"] == "a caption",
+           "decoding repeats the inversion's captions and steps, with η = 0")
     same(got, seen["z_i"][..., :1, None, None].expand(2, 5, 3, 2, 2), "the result is what decode gives")
     run(stack, z_i, x_T, "a blue circle", None, 0.4, 5, given=given)
     same(seen["z_i"][:, 4], on_circle(z_i, there, 0.4), "without a source, z_d is z_t of the wanted caption")
-    refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle", "a red circle", 0.4, 5, given=given)
+    refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle",
+            "a red circle", 0.4, 5, given=given)
 
 
 def pca_reconstruct(run):
@@ -760,11 +833,14 @@ def pca_reconstruct(run):
     run({}, z_i, x_T, mean, components, counts, given=given)
     for n, k in enumerate(counts):
         part = lambda z: z @ components[:k].T @ components[:k]
-        same(seen["z_i"][:, n], F.normalize(mean + part(z_i - mean), dim=1), f"z_i of {k} components is the mean plus its part along the first {k}, at unit norm", {
-            "the mean is to be added back": F.normalize(part(z_i - mean), dim=1), "subtract the mean before you project": F.normalize(mean + part(z_i), dim=1),
+        same(seen["z_i"][:, n], F.normalize(mean + part(z_i - mean), dim=1),
+             f"z_i of {k} components is the mean plus its part along the first {k}, at unit norm", {
+            "the mean is to be added back": F.normalize(part(z_i - mean), dim=1),
+            "subtract the mean before you project": F.normalize(mean + part(z_i), dim=1),
             "the sum is to be normalized": mean + part(z_i - mean)})
     same(seen["x_T"], x_T[:, None].expand(-1, 3, -1, -1, -1), "all are decoded from the one x_T")
-    refuses(run, "more components than there are raise UserError", "UserError", {}, z_i, x_T, mean, components, [6], given={"decode": spied(2, 1, seen)})
+    refuses(run, "more components than there are raise UserError", "UserError", {}, z_i, x_T, mean, components, [6],
+            given={"decode": spied(2, 1, seen)})
 
 
 CHECKS = {

@@ -23,8 +23,10 @@ from PIL import Image
 
 MOST = 64 << 20  # bytes of a message
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
-REFUSED = {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "pty.spawn", "os.kill",
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool)}
+REFUSED = {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen", "pty.spawn",
+           "os.kill",
            "os.killpg", "socket.connect", "ctypes.dlopen", "ctypes.dlsym"}  # what a submission has no business with
 
 
@@ -81,7 +83,8 @@ def pack(value, functions=None):
             if callable(v):
                 functions.append(v)
                 return {"function": [len(functions) - 1, plain(vars(v) if hasattr(v, "__dict__") else {})]}
-        raise TypeError(f"a {type(v).__name__} cannot be compared: expected tensors, numbers, strings, lists, tuples or dictionaries")
+        raise TypeError(f"a {type(v).__name__} cannot be compared: expected tensors, numbers, strings, lists, tuples or "
+                        f"dictionaries")
 
     head = json.dumps(plain(value)).encode()
     return struct.pack("<Q", len(head)) + head + b"".join(blobs)
@@ -171,7 +174,8 @@ def complaint(error, path):
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
-    return {"kind": type(error).__name__, "message": str(getattr(error, "msg", error))[:300], "line": lines[-1] if lines else None}
+    return {"kind": type(error).__name__, "message": str(getattr(error, "msg", error))[:300],
+            "line": lines[-1] if lines else None}
 
 
 def serve(sock, module):
@@ -197,7 +201,8 @@ def serve(sock, module):
                 built.requires_grad_(False).eval()
             return built
         return {"generator": lambda seed: torch.Generator().manual_seed(seed), "rng": np.random.default_rng,
-                "picture": lambda pixels: Image.fromarray(pixels.numpy()), "namespace": lambda v: SimpleNamespace(**v)}[kind](content)
+                "picture": lambda pixels: Image.fromarray(pixels.numpy()),
+                "namespace": lambda v: SimpleNamespace(**v)}[kind](content)
 
     while True:
         try:
@@ -224,7 +229,7 @@ def serve(sock, module):
 
 
 def limit_memory(more):
-    """Let this process have `more` bytes of address space beyond what it has, where /proc says how much that is (not on macOS)."""
+    """Let this process have `more` bytes of address space beyond what it has, where /proc tells (not on macOS)."""
     try:
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()

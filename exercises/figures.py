@@ -103,7 +103,8 @@ def mask():
     squares = []
     for mistake in (None, "is off by one", "padding"):
         prior = stage("prior", 13, mistake if mistake == "is off by one" else None)
-        model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=4, clip_text_width=4, text_context=5, width=4, layers=0, heads=1))
+        model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=4, clip_text_width=4, text_context=5, width=4, layers=0,
+                                                       heads=1))
         seen = torch.tensor([[True] * 3 + [mistake == "padding"] * 2])
         text = {"states": torch.zeros(1, 5, 4), "z_t": torch.zeros(1, 4), "mask": seen}
         grid = model.sequence(torch.zeros(1, 4), torch.tensor([0]), text)[1][0, 0]
@@ -142,7 +143,8 @@ def slerps():
     x, y = torch.randn(2, 1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     arc = [(math.cos(t), math.sin(t)) for t in np.linspace(0, math.pi, 60)]
     kinds = {m: stage("manipulate", 18, m).slerp for m in (None, "goes straight", "goes straight and normalizes")}
-    panels = [panel([arc], [tuple(f(a, b, k / 6)[0].tolist()) for k in range(7)], (-1.1, -0.6), (1.1, 1.6)) for f in kinds.values()]
+    panels = [panel([arc], [tuple(f(a, b, k / 6)[0].tolist()) for k in range(7)], (-1.1, -0.6),
+                    (1.1, 1.6)) for f in kinds.values()]
     halves = [kinds[m](x, y, 0.5)[0] / 2.5 for m in (None, "goes straight")]
     return row(panels + [enlarged(half) for half in halves])
 

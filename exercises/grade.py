@@ -7,8 +7,8 @@ Each stage file runs in a process of its own (child.py), which only computes: th
 here, against closed forms, properties and this repository's own results (checks.py). So a submission cannot report points, nor
 gain any by ending early, looping, crashing or starting processes, and one file's mistakes cost only its own exercises: the other
 stage files that it imports are blank ones, and other exercises' functions, where an exercise's code calls them, are this
-repository's. The submission runs as the same user, however, and can read every file that you can: grade what you do not trust
-in a container (INSTRUCTOR.md). Linux and macOS.
+repository's. The submission runs as the same user, however, and can read and change every file that you can: grade what you do
+not trust in a container (INSTRUCTOR.md). Linux and macOS.
 """
 
 import argparse
@@ -59,13 +59,15 @@ class Student:
         Path(self.folder, f"{self.stage}.py").write_bytes(self.content)
         self.sock, theirs = socket.socketpair()
         command = [sys.executable, "-I", "-B", Path(__file__).parent / "child.py", str(theirs.fileno()), self.folder, self.stage]
-        environment = {"PATH": os.defpath, "HOME": self.folder, "TMPDIR": self.folder, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, pass_fds=[theirs.fileno()], start_new_session=True,
+        environment = {"PATH": os.defpath, "HOME": self.folder, "TMPDIR": self.folder, "OMP_NUM_THREADS": "1",
+                       "MKL_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, pass_fds=[theirs.fileno()],
+                                        start_new_session=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         theirs.close()
 
     def start(self):
-        """Start the process, wait until it has imported the file. Raises Failed, and again at once if that once failed; UserError."""
+        """Start the process, wait until it has imported the file. Raises Failed, at once where that failed before; UserError."""
         if self.broken:
             raise Failed(self.broken)
         began = time.monotonic()
@@ -82,7 +84,7 @@ class Student:
         self.deadline += time.monotonic() - began
 
     def talk(self, functions, deadline):
-        """Answer what the process asks of `functions`, until it sends a value. Raises Failed, the process then having been ended."""
+        """Answer what the process asks of `functions`, until it sends a value. Where it raises Failed the process has ended."""
         def special(kind, content):
             if kind != "function":
                 raise ValueError(f"a {kind}")
@@ -122,8 +124,8 @@ class Student:
     def call(self, name, *args, given=None, alone=True, **kwargs):
         """name(*args, **kwargs), computed by the process. Raises Failed.
 
-        given: functions of this side, or other values, put in the places of the file's own by those names. alone: other exercises'
-        functions are so replaced by this repository's.
+        given: functions of this side, put in the places of the file's own of those names. alone: other exercises' functions
+        are so replaced by this repository's.
         """
         if not self.process:
             self.start()
@@ -255,10 +257,13 @@ def gradescope(results, seconds):
 
 def main():
     """The script: what --help says."""
-    parser = argparse.ArgumentParser(description="Grade a student copy: a table of points, the first statement that does not hold for "
+    parser = argparse.ArgumentParser(description="Grade a student copy: a table of points, the first statement that does not "
+                                     "hold for "
                                      "each exercise, and results.json as Gradescope reads it.")
-    parser.add_argument("folder", type=Path, metavar="COPY", help="the folder that holds the student's clip_embed.py, prior.py, …")
-    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="the numbers of some exercises (default: all)")
+    parser.add_argument("folder", type=Path, metavar="COPY", help="the folder that holds the student's clip_embed.py, "
+                        "prior.py, …")
+    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="N",
+                        help="the numbers of some exercises (default: all)")
     parser.add_argument("--seconds", type=float, default=5, help="time that a function's check may take (default 5)")
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="where the results go (default results.json)")
     args = parser.parse_args()
@@ -272,13 +277,15 @@ def main():
         adopt_orphans()
         began = time.monotonic()
         try:
-            results = grade(args.folder, args.only, args.seconds, lambda function: print(f"\r{function:<50}", end="", file=sys.stderr))
+            results = grade(args.folder, args.only, args.seconds, lambda function: print(f"\r{function:<50}", end="",
+                file=sys.stderr))
         except ValueError as error:
             raise UserError(str(error)) from None
         finally:
             print(f"\r{'':<50}\r", end="", file=sys.stderr)
             sweep()
-        args.out.write_text(json.dumps(gradescope(results, time.monotonic() - began), indent=1, ensure_ascii=False), encoding="utf-8")
+        args.out.write_text(json.dumps(gradescope(results, time.monotonic() - began), indent=1, ensure_ascii=False),
+                            encoding="utf-8")
         print(table(results))
 
 

@@ -57,7 +57,8 @@ def sources(exercises):
         for function in exercise.functions:
             stage, _, name = function.partition(".")
             solutions.setdefault(f"{stage}.py", {})[name] = f"exercise {exercise.number}: {exercise.title}"
-    return {path.name: blank(path.read_text(encoding="utf-8"), solutions.get(path.name, {})) for path in sorted(ROOT.glob("*.py"))}
+    return {path.name: blank(path.read_text(encoding="utf-8"), solutions.get(path.name,
+        {})) for path in sorted(ROOT.glob("*.py"))}
 
 
 def student_readme(text, exercises, names):
@@ -114,10 +115,12 @@ def hand_out(folder, numbers=()):
 
 def main():
     """The script: what --help says."""
-    parser = argparse.ArgumentParser(description="Write a student copy of the repository, in which the functions of the exercises "
+    parser = argparse.ArgumentParser(description="Write a student copy of the repository, in which the functions of the "
+                                     "exercises "
                                      "are blank.")
     parser.add_argument("folder", type=Path, metavar="COPY", help="a new folder")
-    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="N", help="the numbers of some exercises (default: all); "
+    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="N",
+                        help="the numbers of some exercises (default: all); "
                         "those whose solution would give one of them away come along")
     args = parser.parse_args()
     with one_line_errors():

@@ -26,7 +26,8 @@ from catalogue import EXERCISES, choose, rows  # noqa: E402
 from checks import CHECKS  # noqa: E402
 
 FUNCTIONS = {function: exercise for exercise in EXERCISES for function in exercise.functions}
-STAGES = {stage: (ROOT / f"{stage}.py").read_text(encoding="utf-8") for stage in ("clip_embed", "decoder", "prior", "upsample", "manipulate")}
+STAGES = {stage: (ROOT / f"{stage}.py").read_text(encoding="utf-8") for stage in ("clip_embed", "decoder", "prior", "upsample",
+    "manipulate")}
 
 
 class Threaded(grade.Student):
@@ -116,7 +117,8 @@ def test_blanks_of_the_stage_files_differ_from_them_in_the_exercises_bodies_alon
 
 
 COMMON = {  # what a solution has in common with other code, and gives nothing of it away
-    "torch.autocast(z_i.device.type, enabled=False)", "math.sqrt(c.embed_dim) if c.unit_norm else 1", "text['mask'][:, :c.text_context]",
+    "torch.autocast(z_i.device.type, enabled=False)", "math.sqrt(c.embed_dim) if c.unit_norm else 1",
+    "text['mask'][:, :c.text_context]",
     "(weight * (eps - noise) ** 2).mean()", "(weight * (eps - noise) ** 2).mean", "weight * (eps - noise) ** 2",
     "q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))",  # heads, as in every transformer here
     "(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))", "y.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
@@ -126,14 +128,16 @@ COMMON = {  # what a solution has in common with other code, and gives nothing o
 @lru_cache(None)
 def expressions(source):
     """Statements and expressions of some size, as text."""
-    return {ast.unparse(e) for e in ast.walk(ast.parse(source)) if isinstance(e, (ast.expr, ast.stmt)) and sum(1 for _ in ast.walk(e)) >= 12}
+    return {ast.unparse(e) for e in ast.walk(ast.parse(source)) if isinstance(e,
+        (ast.expr, ast.stmt)) and sum(1 for _ in ast.walk(e)) >= 12}
 
 
 def test_no_part_of_a_solution_is_left_in_a_student_copy():
     """Neither as code in a file that is copied nor as a line of a page, whatever exercises are handed out."""
     for numbers in [[], *([exercise.number] for exercise in EXERCISES)]:
         exercises = choose(numbers)
-        sources = [*hand_out.sources(exercises).values(), *((path.read_text(encoding="utf-8")) for path in (ROOT / "weights").glob("*.py"))]
+        sources = [*hand_out.sources(exercises).values(),
+                   *((path.read_text(encoding="utf-8")) for path in (ROOT / "weights").glob("*.py"))]
         pages = [ROOT / "exercises/pages" / exercise.page for exercise in exercises]
         text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "exercises/README.md", *pages))
         left = set()
@@ -145,7 +149,8 @@ def test_no_part_of_a_solution_is_left_in_a_student_copy():
             node = hand_out.find(ast.parse(STAGES[stage]), name)
             solution = set().union(*(expressions(ast.unparse(part)) for part in body(node)))
             assert not solution & (left - COMMON), (numbers, function, solution & left)
-            lines = [line.split("  #")[0].strip() for line in STAGES[stage].splitlines()[body(node)[0].lineno - 1:node.end_lineno]]
+            lines = STAGES[stage].splitlines()[body(node)[0].lineno - 1:node.end_lineno]
+            lines = [line.split("  #")[0].strip() for line in lines]
             assert not [line for line in lines if len(line) > 20 and line in text], (numbers, function)
 
 
@@ -153,10 +158,12 @@ def test_a_student_copy_imports_shows_help_and_has_a_readme_without_dead_links(t
     copy = tmp_path / "copy"
     assert hand_out.hand_out(copy) == list(EXERCISES)
     names = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
-    assert not [name for name in names if name.startswith(("tests", "experiments", ".ci", ".git/")) or name.startswith("exercises/") and name.endswith(".py")]
+    assert not [name for name in names if name.startswith(("tests", "experiments", ".ci",
+                                                           ".git/")) or name.startswith("exercises/") and name.endswith(".py")]
     scripts = sorted({name for name in names if name.endswith(".py")})
-    run = "import runpy, sys\nfor name in sys.argv[1:]:\n    sys.path[0], argv = '.', sys.argv\n    sys.argv = [name, '--help']\n" \
-          "    try:\n        runpy.run_path(name, run_name='__main__')\n    except SystemExit as stop:\n        assert not stop.code, name\n    sys.argv = argv\n"
+    run = ("import runpy, sys\nnames, sys.path[0] = sys.argv[1:], '.'\nfor name in names:\n    sys.argv = [name, '--help']\n"
+           "    try:\n        runpy.run_path(name, run_name='__main__')\n"
+           "    except SystemExit as stop:\n        assert not stop.code, name\n")
     out = subprocess.run([sys.executable, "-c", run, *scripts], cwd=copy, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("usage:") == len(scripts) == 8, out.stderr
     for page in (name for name in names if name.endswith(".md")):
@@ -217,7 +224,8 @@ def attacked(stage, first):
     lines = STAGES[stage].splitlines()
     for name, statements in sorted(first.items(), key=lambda item: -hand_out.find(ast.parse(STAGES[stage]), item[0]).lineno):
         node = hand_out.find(ast.parse(STAGES[stage]), name)
-        lines[body(node)[0].lineno - 1:body(node)[0].lineno - 1] = [" " * node.body[0].col_offset + line for line in statements.split("\n")]
+        first, indent = body(node)[0].lineno - 1, " " * node.body[0].col_offset
+        lines[first:first] = [indent + line for line in statements.split("\n")]
     return "\n".join(lines)
 
 
@@ -229,20 +237,23 @@ def wrongs(results):
 def test_early_exits_loops_and_syntax_errors_cost_their_exercises_alone(tmp_path):
     for stage, source in STAGES.items():
         (tmp_path / f"{stage}.py").write_text(source, encoding="utf-8")
-    (tmp_path / "upsample.py").write_text(attacked("upsample", {"cosine_schedule": "import os; os._exit(0)", "q_sample": "while True: pass"}), encoding="utf-8")
+    (tmp_path / "upsample.py").write_text(attacked("upsample", {"cosine_schedule": "import os; os._exit(0)",
+                                                                "q_sample": "while True: pass"}), encoding="utf-8")
     (tmp_path / "prior.py").write_text(STAGES["prior"] + "\nthis is no Python\n", encoding="utf-8")
     results = grade.grade(tmp_path, [4, 3, 11], seconds=1)
     found = wrongs(results)
     assert found.pop("upsample.cosine_schedule") == "its process ended before it answered (status 0)"
     assert "endless loop" in found.pop("upsample.q_sample")
     assert {found.pop(f"prior.{name}") for name in ("cosine_schedule", "q_sample")} == {
-        f"prior.py cannot be imported: it raised SyntaxError: invalid syntax (prior.py, line {len(STAGES['prior'].splitlines()) + 2})"}
+        f"prior.py cannot be imported: it raised SyntaxError: invalid syntax (prior.py, line "
+        f"{len(STAGES['prior'].splitlines()) + 2})"}
     assert not found and [points for _, points, _ in results] == [1, 1, 4]
 
 
 def grader(*arguments, **options):
     """Run grade.py; (its standard output, results.json)."""
-    run = subprocess.run([sys.executable, ROOT / "exercises/grade.py", *map(str, arguments)], capture_output=True, text=True, **options)
+    run = subprocess.run([sys.executable, ROOT / "exercises/grade.py", *map(str, arguments)], capture_output=True, text=True,
+                         **options)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -253,24 +264,29 @@ def test_grading_a_full_copy_takes_under_three_minutes_and_gives_all_points_or_n
     out = grader(ROOT, "--out", tmp_path / "right.json")
     assert time.monotonic() - began < 180 and out.splitlines()[-1].split() == ["together", "100", "/", "100"]
     tests = json.loads((tmp_path / "right.json").read_text(encoding="utf-8"))["tests"]
-    assert len(tests) == len(EXERCISES) and all(test["score"] == test["max_score"] and test["status"] == "passed" for test in tests)
+    assert len(tests) == len(EXERCISES)
+    assert all(test["score"] == test["max_score"] and test["status"] == "passed" for test in tests)
     hand_out.hand_out(tmp_path / "copy")
     out = grader(tmp_path / "copy", "--out", tmp_path / "blank.json")
     assert time.monotonic() - began < 300 and out.splitlines()[-1].split() == ["together", "0", "/", "100"]
     tests = json.loads((tmp_path / "blank.json").read_text(encoding="utf-8"))["tests"]
-    assert all(test["score"] == 0 and test["output"].count("not written yet") == len(e.functions) for test, e in zip(tests, EXERCISES))
+    assert all(test["score"] == 0 and test["output"].count("not written yet") == len(e.functions) for test,
+               e in zip(tests, EXERCISES))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_submission_cannot_talk_the_grader_into_points_or_outlive_it(tmp_path):
-    report = "print('together 100 / 100', flush=True); import json; open('results.json', 'w').write(json.dumps({'tests': []})); raise SystemExit(0)"
+    report = "print('together 100 / 100', flush=True); open('results.json', 'w').write('{}'); raise SystemExit(0)"
     leave = ("from multiprocessing.util import spawnv_passfds\nimport os\n"  # beyond the audit hook, in a session of its own
              "spawnv_passfds(b'/usr/bin/setsid', [b'setsid', b'sleep', b'4321.25'], ())\nos._exit(0)")
-    hostile = {"cosine_schedule": report, "q_sample": "import os\nwhile True: os.fork()", "posterior": "import os; os.kill(os.getppid(), 9)",
+    hostile = {"cosine_schedule": report, "q_sample": "import os\nwhile True: os.fork()",
+               "posterior": "import os; os.kill(os.getppid(), 9)",
                "learned_log_variance": "import os; os.abort()", "normal_kl": "return torch.zeros(1 << 26)",
-               "guided": "import gc\nfor s in [o for o in gc.get_objects() if type(o).__name__ == 'socket']: s.send(b'\\xff' * 64)\nwhile True: pass",
-               "ddim_step": "import sys; sys.setrecursionlimit(1 << 30); f = lambda: f(); f()", "invert": "x = [torch.ones(1 << 28) for _ in range(99)]",
+               "guided": "import gc\nfor s in [o for o in gc.get_objects() if type(o).__name__ == 'socket']: s.send(b'\\xff' "
+               "* 64)\nwhile True: pass",
+               "ddim_step": "import sys; sys.setrecursionlimit(1 << 30); f = lambda: f(); f()",
+               "invert": "x = [torch.ones(1 << 28) for _ in range(99)]",
                "decoder_loss": "import builtins; builtins.isinstance = lambda *a: True; return 'all right\\x1b[2J\\n100 / 100'"}
     copy = tmp_path / "copy"
     copy.mkdir()
