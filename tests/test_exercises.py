@@ -234,20 +234,18 @@ def wrongs(results):
     return {function: statement for _, _, verdicts in results for function, statement in verdicts.items() if statement}
 
 
-def test_early_exits_loops_and_syntax_errors_cost_their_exercises_alone(tmp_path):
-    for stage, source in STAGES.items():
-        (tmp_path / f"{stage}.py").write_text(source, encoding="utf-8")
-    (tmp_path / "upsample.py").write_text(attacked("upsample", {"cosine_schedule": "import os; os._exit(0)",
-                                                                "q_sample": "while True: pass"}), encoding="utf-8")
+def test_early_exits_loops_syntax_errors_and_missing_files_cost_their_exercises_alone(tmp_path):
+    first = {"cosine_schedule": "import os; os._exit(0)", "q_sample": "while True: pass"}
+    (tmp_path / "upsample.py").write_text(attacked("upsample", first), encoding="utf-8")
     (tmp_path / "prior.py").write_text(STAGES["prior"] + "\nthis is no Python\n", encoding="utf-8")
     results = grade.grade(tmp_path, [4, 3, 11], seconds=1)
     found = wrongs(results)
     assert found.pop("upsample.cosine_schedule") == "its process ended before it answered (status 0)"
     assert "endless loop" in found.pop("upsample.q_sample")
-    assert {found.pop(f"prior.{name}") for name in ("cosine_schedule", "q_sample")} == {
-        f"prior.py cannot be imported: it raised SyntaxError: invalid syntax (prior.py, line "
-        f"{len(STAGES['prior'].splitlines()) + 2})"}
-    assert not found and [points for _, points, _ in results] == [1, 1, 4]
+    line = len(STAGES["prior"].splitlines()) + 2
+    for name in ("cosine_schedule", "q_sample"):
+        assert found.pop(f"prior.{name}") == f"prior.py cannot be imported: it raised SyntaxError: invalid syntax (prior.py, line {line})"
+    assert set(found.values()) == {"decoder.py is missing"} and [points for _, points, _ in results] == [0, 0, 2]
 
 
 def grader(*arguments, **options):
