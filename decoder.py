@@ -109,6 +109,15 @@ def posterior(alpha_t, alpha_s):
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
+def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
+    """(mean, deviation) of x_s given x_t, of which x_0 and eps are the estimates, by DDIM with η (DDIM eqs. 12, 16).
+
+    alpha_t, alpha_s are ᾱ at the two steps, floats. η = 0 draws nothing; η = 1 draws as much as the posterior does.
+    """
+    deviation = eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))
+    return math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps, deviation
+
+
 def learned_log_variance(v, beta, beta_tilde):
     """log Σ = v log β + (1 − v) log β̃ (§2.1; Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
     return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
@@ -257,6 +266,13 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 6 * c.patch_size ** 2, 3, padding=1))
 
+    def inject(self, emb, z_i, states, mask):
+        """The two ways in of z_i (B, d), already at the network's scale (§2.1): added to emb (B, 4 · channels), and as four tokens
+        before the caption's states (B, L, text_width). Returns (emb, context (B, 4 + L, text_width), its mask (B, 4 + L))."""
+        tokens = self.z_i_to_context(z_i).unflatten(1, (self.config.z_i_tokens, -1))
+        mask = F.pad(mask, (self.config.z_i_tokens, 0), value=True)  # the four can always be looked at
+        return emb + self.z_i_to_emb(z_i), torch.cat([tokens, states], 1), mask
+
     def forward(self, x_t, t, z_i, text):
         """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text {"tokens", "states", "z_t", "mask"} of B captions."""
         c = self.config
@@ -269,9 +285,7 @@ class Decoder(nn.Module):
             caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]  # read at the end token
         else:
             states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
-        emb = emb + self.z_i_to_emb(z_i) + self.text_to_emb(caption)
-        context = torch.cat([self.z_i_to_context(z_i).unflatten(1, (c.z_i_tokens, -1)), states], 1)  # (B, 4 + L, text_width)
-        mask = F.pad(mask, (c.z_i_tokens, 0), value=True)
+        emb, context, mask = self.inject(emb + self.text_to_emb(caption), z_i, states, mask)
 
         def run(blocks, h):
             for block in blocks:
@@ -424,8 +438,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
             deviation = torch.exp(0.5 * log_variance)
             x = from_x_0 * x_0 + from_x_t * x
         else:
-            deviation = eta * float(posterior(alpha_t, alpha_s)[2].sqrt())
-            x = float(alpha_s.sqrt()) * x_0 + math.sqrt(1 - float(alpha_s) - deviation ** 2) * eps
+            x, deviation = ddim_step(x_0, eps, float(alpha_t), float(alpha_s), eta)
         if eta != 0:
             x = x + deviation * randn(generators, x.shape, x.device)
 
@@ -455,7 +468,8 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
-    x = math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s) * randn(generators, x_0.shape, x_0.device)
+    bottom = torch.full((len(x_0),), rungs[0], device=x_0.device)
+    x = q_sample(x_0, bottom, randn(generators, x_0.shape, x_0.device), alphas_cumprod)
     eps, _ = guided(model, x, rungs[0], z_i, text, None, 1)
     for t in tqdm(rungs[1:], desc="inversion", disable=not bar):
         alpha_t = float(alphas_cumprod[t])

@@ -153,10 +153,11 @@ class DiffusionPrior(nn.Module):
             self.register_buffer("mean", torch.zeros(c.embed_dim)), self.register_buffer("deviation", torch.ones(c.embed_dim))
         self.register_buffer("errors", torch.zeros(1000))  # after training, estimate_errors': what the analytic variance needs
 
-    def forward(self, z_i_t, t, text, cache=None):
-        """z_i_t (B, d) noised, t (B,), text {"states", "z_t", "mask"} of B captions → the estimate of z_i (B, d).
+    def sequence(self, z_i_t, t, text):
+        """What the blocks read: (x (B, L + 4, width), mask (B, 1, L + 4, L + 4), True where a row may look at a column) (§2.2).
 
-        cache: a list, empty at first. What stands before t sees neither t nor z_i: with a cache only the first call computes it.
+        In x the caption's L states, z_t, the timestep, z_i_t and the final token, each with its place's embedding; z_t, unless
+        the config says otherwise, times √d, so that its coordinates are of order 1. No later place is seen, and no padding.
         """
         c = self.config
         states, mask = text["states"][:, :c.text_context], text["mask"][:, :c.text_context]
@@ -167,10 +168,17 @@ class DiffusionPrior(nn.Module):
         x = torch.cat([self.text_in(states), tail], 1)  # (B, L + 4, width)
         x = x + torch.cat([self.positional_embedding[:L], self.positional_embedding[-4:]])
         causal = torch.ones(L + 4, L + 4, dtype=torch.bool, device=t.device).tril()
-        mask = causal & F.pad(mask, (0, 4), value=True)[:, None, None]  # (B, 1, S, S): no later place, no padding
+        return x, causal & F.pad(mask, (0, 4), value=True)[:, None, None]
+
+    def forward(self, z_i_t, t, text, cache=None):
+        """z_i_t (B, d) noised, t (B,), text {"states", "z_t", "mask"} of B captions → the estimate of z_i (B, d).
+
+        cache: a list, empty at first. What stands before t sees neither t nor z_i: with a cache only the first call computes it.
+        """
+        x, mask = self.sequence(z_i_t, t, text)
         if cache:
             x, mask = x[:, -3:], mask[:, :, -3:]
-        kept = [list(pair) for pair in cache or [[]] * c.layers]
+        kept = [list(pair) for pair in cache or [[]] * self.config.layers]
         for block, pair in zip(self.blocks, kept):
             x = block(x, mask, pair)
         if cache is not None:

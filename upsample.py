@@ -107,6 +107,15 @@ def predict_x_0(x_t, eps, alpha):
     return (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
 
 
+def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
+    """(mean, deviation) of x_s given x_t, of which x_0 and eps are the estimates, by DDIM with η (DDIM eqs. 12, 16).
+
+    alpha_t, alpha_s are ᾱ at the two steps, floats. η = 0 draws nothing; η = 1 draws as much as the posterior does.
+    """
+    deviation = eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))
+    return math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps, deviation
+
+
 def eps_from_residual(x_t, residual, condition, alpha_t):
     """The ε that x̂_0 = condition + residual means, for a network that predicts what the enlarged picture lacks. (Ours.)
 
@@ -332,8 +341,7 @@ def sample(model, low, generators, steps=None, bar=False):
         eps = (model.last if c.last and not n else model)(x, torch.full((len(x),), rungs[n], device=x.device), low)
         x_0 = predict_x_0(x, eps, alpha_t).clamp(-1, 1)
         eps = (x - math.sqrt(alpha_t) * x_0) / math.sqrt(1 - alpha_t)  # the ε that the clamped x̂_0 means
-        deviation = c.eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))
-        x = math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps
+        x, deviation = ddim_step(x_0, eps, alpha_t, alpha_s, c.eta)
         if n and c.eta:
             x = x + deviation * randn(generators, x.shape, x.device)
     return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # times 1; in float32, 0.99947
