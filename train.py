@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -63,6 +63,7 @@ class Thing:
     y: float = 0.5
     radius: float = 0.1  # of the circle around the shape
     tilt: float = 0.0
+    word: str = ""       # written across it (fig. 6); only with --words
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def describe(scene, said, rng):
     def phrase(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in said] + [thing.shape]
+        words += ["that says", thing.word] if (k, "word") in said else []
         return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
     text = phrase(0)
@@ -181,6 +183,18 @@ def near_misses(scene, said, rng, n=3):
     return group[1:]
 
 
+def write_words(group, said, rng):
+    """(group, said) of scenes of one thing and what captions say of them, a shape's name written across each thing (fig. 6; ours).
+
+    Things become large, or nobody could read them. Like all else the word is left out of captions a third of the time; where it
+    is said, it alone tells the group's scenes apart: a CLIP must read it.
+    """
+    if rng.random() < 2 / 3:
+        group, said = group[:1] * len(group), said | {(0, "word")}
+    written = [replace(s.things[0], size="large", word=str(word)) for s, word in zip(group, rng.permutation(SHAPES))]
+    return [lay_out(replace(s, things=(thing,)), rng) for s, thing in zip(group, written)], said
+
+
 def outline(shape):
     """A shape's corners (n, 2) within the unit circle, y downwards."""
     turn = lambda n, start=-90: np.deg2rad(start + 360 / n * np.arange(n))
@@ -223,6 +237,10 @@ def render(scene, side):
             ImageDraw.Draw(inside).polygon(shape, 255)
             light = tuple((0.65 * colour + 0.35 * 255).round().astype(int).tolist())
             picture.paste(light, mask=Image.composite(bars, Image.new("L", (n, n)), inside))
+        if thing.word:  # as wide as the thing
+            font = ImageFont.load_default(2 * thing.radius * n * 20 / ImageFont.load_default(20).getlength(thing.word))
+            shade = (25,) * 3 if colour.sum() > 400 else (250,) * 3
+            ImageDraw.Draw(picture).text((thing.x * n, thing.y * n), thing.word, shade, font, "mm", stroke_width=n // 200)
     return picture.reduce(fine)
 
 
@@ -244,12 +262,13 @@ class Batches(Dataset):
     """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
 
     clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no
-    caption comes twice (a duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i
+    caption comes twice (a duplicate would be a false negative); a share recipe.words of the scenes bears words. priors: numbers of scenes in the fixed set whose z_i
     are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config):
         self.stage, self.batch_size, self.seed, self.config, self.fixed_scenes = stage, recipe.batch_size, seed, config, FIXED_SCENES
+        self.words = recipe.words
 
     def __getitem__(self, k):
         rng = np.random.default_rng([self.seed, k])
@@ -266,9 +285,11 @@ class Batches(Dataset):
             return torch.from_numpy(chosen), [describe(s, what_to_say(s, rng), rng) for s in scenes]
         images, captions = [], []
         while len(images) < self.batch_size:
-            scene = random_scene(rng)
+            worded = self.words and rng.random() < self.words
+            scene = random_scene(rng, 1 if worded else None)
             said = what_to_say(scene, rng)
             group = [scene, *near_misses(scene, said, rng)] if self.stage == "clip" else [scene]
+            group, said = write_words(group, said, rng) if worded else (group, said)
             words = [describe(s, said, rng) for s in group]
             if self.stage != "clip" or len(set(words) - set(captions)) == len(words):
                 images += [to_tensor(render(s, 64)) for s in group]
@@ -297,6 +318,7 @@ class Recipe:
     eps: float = 1e-8
     ema_decay: float = 0.9999
     warmup: int = 500
+    words: float = 0.0  # share of the scenes that have a word written across them (clip and decoder)
 
 
 RECIPES = {
@@ -380,14 +402,17 @@ def prior_picture(model, batch, context, sample=prior.sample):
 
 
 def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions)."""
-    return decoder.decoder_loss(model, batch[0], look(batch[0], context), *read(batch[1], context))
+    """The decoder's loss of a batch of (images, captions), given what --given says (the caption alone: dropped as GLIDE drops it)."""
+    (text, null), dropped = read(batch[1], context), {"drop_z_i": 1, "drop_caption": 0.2} if context["given"] == "caption" else {}
+    z_i = text["z_t"] if context["given"] == "z_t" else look(batch[0], context)
+    return decoder.decoder_loss(model, batch[0], z_i, text, null, **dropped)
 
 
 def decoder_picture(model, batch, context):
-    """Eight pictures above what the decoder makes of their z_i and captions."""
-    images, captions = batch[0][:8], batch[1][:8]
-    made = decoder.sample(model, look(images, context), *read(captions, context), seeds(len(images)), steps=25)
+    """Eight pictures above what the decoder makes of their z_i, or what --given says, and captions."""
+    images, (text, null) = batch[0][:8], read(batch[1][:8], context)
+    z_i = look(images, context) if context["given"] == "z_i" else text["z_t"] * (context["given"] == "z_t")
+    made = decoder.sample(model, z_i, text, null, seeds(len(images)), steps=25)
     return grid([*images, *made], len(images))
 
 
@@ -459,7 +484,7 @@ def train(stage, args, device):
     Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps.
     """
     (prepare, build, loss_of, picture_of), recipe = STAGES[stage], RECIPES[args.preset][stage]
-    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)})
+    recipe = replace(recipe, **{k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate", "words") if getattr(args, k)})
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stage}.pt"
     if path.exists() and not args.resume:
@@ -486,7 +511,7 @@ def train(stage, args, device):
         if state is None or checkpoint["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
-            if (state | checkpoint)[name] != value:
+            if (state | checkpoint).get(name, value) != value:  # what an older one lacks is as it is now
                 raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
                                 f"{(state | checkpoint)[name]!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
@@ -591,11 +616,11 @@ def prepare_ar_prior(args, device):
 
 
 def prepare_decoder(args, device):
-    """CLIP, and a config that fits it."""
+    """CLIP, a config that fits it, and what the decoder is given."""
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
     config = replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width, vocab_size=c.vocab_size)
-    return context | {"config": config}, extra
+    return context | {"config": config, "given": args.given}, extra | {"given": args.given}
 
 
 def prepare_upsampler(args, device, size):
@@ -655,6 +680,10 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
+    parser.add_argument("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="what the decoder is trained on beside the "
+                        "caption: z_i (default), z_t in its place (§5.1), or nothing, the caption alone: GLIDE")
+    parser.add_argument("--words", type=float, default=0.0, help="share of the scenes of clip and decoder that get a word written "
+                        "across a thing (fig. 6; default 0)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -668,7 +697,7 @@ def main():
     args.out = args.out or Path("runs") / args.preset
     with one_line_errors():
         for name, low, high in (("steps", 1, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 1e-12, 10), ("seed", 0, 1 << 30),
-                                ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
+                                ("words", 0, 1), ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
         if args.init and args.stage not in STAGES:

@@ -42,7 +42,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "corpus", lambda: ["a red circle", "a small blue star"])
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
-    return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
+    return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False, given="z_i", words=0.0,
                               init=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=1)
 
 
