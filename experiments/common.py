@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,14 @@ def parse(parser):
     return args
 
 
-def load_network(path, stage, stack):
-    """The network in a checkpoint of train.py, beside a stack whose CLIP it must have been trained with. Raises UserError."""
+def load_network(path, stage, stack, given=None):
+    """The network in a checkpoint of train.py, beside a stack whose CLIP it must have been trained with. Raises UserError.
+
+    given: what a decoder must have been trained on, in place of z_i (train.py --given).
+    """
     checkpoint = read_checkpoint(path, stage)
+    if given and checkpoint.get("given") != given:
+        raise UserError(f"{path}: was not trained with --given {given}")
     check_clip(checkpoint, path, fingerprint(stack["clip"]), "that of --weights")
     return load_model(*NETWORKS[stage], checkpoint, path).to(stack["clip"].logit_scale.device)
 
@@ -131,11 +137,14 @@ def attributes(scene):
 
 
 def random_features(images):
-    """Features (n, 32) of images (n, 3, 64, 64): the means over three layers' outputs of a convolutional network with fixed random weights."""
+    """Features (n, 32) of images (n, 3, 64, 64): mean outputs of three convolutions with fixed random weights.
+
+    Each filter sums to zero in every channel, so that it answers to edges and grain, not to the background, which the reader sees.
+    """
     generator, h = torch.Generator().manual_seed(0), images
     for channels, wide in ((3, 16), (16, 32), (32, 32)):
         weight = torch.randn(wide, channels, 5, 5, generator=generator) * (2 / (25 * channels)) ** 0.5
-        h = F.relu(F.conv2d(h, weight, stride=2))
+        h = F.relu(F.conv2d(h, weight - weight.mean((2, 3), keepdim=True), stride=2))
     return h.mean((2, 3)).double()
 
 
@@ -206,12 +215,14 @@ def diversity(captions, least=2000):
     return share
 
 
-def quality(groups, captions):
-    """Table 1's three columns of pairs of observations, one list a seed: {column: pseudo-values}. captions: all seeds'."""
-    flat = [[o for pair in pairs for o in pair] for pairs in groups]
-    columns = {"all right": right("all"), **fidelity(captions)}
-    return {name: jackknife(statistic, flat) for name, statistic in columns.items()} | {
-        "diversity": jackknife(diversity(captions), groups)}
+def quality(captions):
+    """Table 1's three questions of pairs of observations of these captions: a function from lists, one a seed, to {column: pseudo-values}."""
+    columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(captions)
+
+    def measured(groups):
+        flat = [[o for pair in pairs for o in pair] for pairs in groups]
+        return {name: jackknife(statistic, flat) for name, statistic in columns.items()} | {"diversity": jackknife(share, groups)}
+    return measured
 
 
 # ----------------------------------------------------------------------------- statistics
@@ -228,6 +239,7 @@ def jackknife(statistic, groups):
     return [count * whole - (count - 1) * statistic(joined(groups[:k] + groups[k + 1:])) for k in range(count)]
 
 
+@lru_cache
 def t_quantile(freedom):
     """What 95% of Student's t with so many degrees of freedom stay within (2.776 for 4): its density, integrated by steps."""
     t = np.linspace(0, 40, 400_001)

@@ -87,7 +87,7 @@ def conclusions(early):
 
 def main():
     """The script: what --help says."""
-    parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 32, "pictures of one thing")
+    parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 40, "pictures of one thing")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")

@@ -77,7 +77,7 @@ def conclusions(rows):
 
 def main():
     """The script: what --help says."""
-    parser = options("Name, decode and draw the four pairs of colour and shape that training never shows, beside four that it does.", 24,
+    parser = options("Name, decode and draw the four pairs of colour and shape that training never shows, beside four that it does.", 36,
                      "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)

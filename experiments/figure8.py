@@ -54,7 +54,7 @@ def conclusions(rows):
 
 def main():
     """The script: what --help says."""
-    parser = options("Give the decoder a caption with each kind of z_i, and read back what the pictures show.", 24,
+    parser = options("Give the decoder a caption with each kind of z_i, and read back what the pictures show.", 36,
                      "captions, half of one thing, half of two")
     parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")
     with one_line_errors(), torch.no_grad():
@@ -62,7 +62,7 @@ def main():
         device = pick_device(args.device)
         stack = sample.load_stack(args.weights, device)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
-        on_z_t = {**stack, "decoder": load_network(args.z_t, "decoder", stack)} if args.z_t else None
+        on_z_t = {**stack, "decoder": load_network(args.z_t, "decoder", stack, "z_t")} if args.z_t else None
         rows, first = measure(stack, args, on_z_t)
         show(rows, "z_i")
         print("In the picture:", *captions_of(args.n, 0)[:8], sep="\n", end="\n\n")

@@ -21,8 +21,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import chart, conclude, decode, draw, finish, load_network, observe, options, parse, points, quality, show, to_images, \
-    true_scenes, under
+from common import (chart, conclude, decode, draw, finish, load_network, observe, options, parse, points, quality, show,
+                    to_images, true_scenes, under)
 from manipulate import draw_strip
 from sweep import captions_of
 
@@ -44,8 +44,9 @@ def measure(stacks, args):
                 images = decode(stacks[model], z_i, twice, seed, scale, args.steps)
                 groups.setdefault((model, scale), []).append(pairs(observe(images, twice)))
                 first[model].setdefault(f"{scale:g}", images)
-    rows = {model: {f"{scale:g}": quality(groups[model, scale], captions) for scale in args.guidance} for model in MODELS}
-    return rows, quality(true, captions), first
+    measured = quality(captions)
+    rows = {model: {f"{scale:g}": measured(groups[model, scale]) for scale in args.guidance} for model in MODELS}
+    return rows, measured(true), first
 
 
 def conclusions(rows):
@@ -63,7 +64,7 @@ def conclusions(rows):
 def main():
     """The script: what --help says."""
     parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, fidelity and "
-                     "diversity.", 14, "captions, half of one thing, half of two, each drawn twice")
+                     "diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")
     parser.add_argument("--glide", type=Path, metavar="PATH", help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
     with one_line_errors(), torch.no_grad():
@@ -71,7 +72,8 @@ def main():
         if any(not 0 <= scale <= 100 for scale in args.guidance):
             raise UserError("--guidance: each must be between 0 and 100")
         unclip = sample.load_stack(args.weights, pick_device(args.device))
-        alone = {**unclip, "decoder": load_network(args.glide, "decoder", unclip)} if args.glide else unclip
+        alone = {**unclip, "decoder": load_network(args.glide, "decoder", unclip, "caption")} if args.glide else unclip
+        print(f"The caption alone is given to {args.glide or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
         rows, true, first = measure({"caption alone": alone, "unCLIP": unclip}, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})

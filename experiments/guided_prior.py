@@ -38,7 +38,8 @@ def measure(stack, args):
             seen = observe(images, twice)
             groups[name].append(list(zip(seen[::2], seen[1::2])))
             first.setdefault(name, images)
-    return {name: quality(groups[name], captions) for name in SETTINGS}, first
+    measured = quality(captions)
+    return {name: measured(groups[name]) for name in SETTINGS}, first
 
 
 def conclusions(rows):
@@ -54,7 +55,7 @@ def conclusions(rows):
 
 def main():
     """The script: what --help says."""
-    parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, fidelity and diversity.", 24,
+    parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, fidelity and diversity.", 32,
                      "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale where guided (default 2; elsewhere 1, none)")
     with one_line_errors(), torch.no_grad():

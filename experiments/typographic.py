@@ -63,7 +63,7 @@ def read_shape(image):
     fits = []
     for shape in SHAPES:
         poses = np.array([(x + dx, y + dy, reach / 2 * scale, np.deg2rad(tilt)) for dx, dy, scale, tilt in
-                          product((-1, 0, 1), (-2, -1, 0, 1, 2, 3), (0.9, 1, 1.1, 1.2, 1.35), (-10, -5, 0, 5, 10))], np.float32)
+                          product((-1, 0, 1), (-2, -1, 0, 1, 2, 3), (0.9, 1, 1.1, 1.2, 1.35), (-8, 0, 8))], np.float32)
         fits.append(min(best_pose(shape, poses, blur, xy, contrast)[:3] for blur in BLURS[1:]))
     return min(fits)[2]
 

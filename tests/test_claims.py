@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_chain import weights  # noqa: F401, the fixture: a folder of tiny random checkpoints
+from test_chain import tiny, weights  # noqa: F401, fixtures: tiny presets and recipes; a folder of tiny random checkpoints
 
 import binding
 import common
@@ -93,7 +93,7 @@ def test_true_pictures_are_at_distance_0_from_the_world_and_damaged_ones_further
     seen = observe(to_images(true_scenes(OPEN * 40, 3)), OPEN * 40)
     groups = [seen[k::5] for k in range(5)]
     for name, change in (("Fréchet, attributes", lambda o: o | {"found": replace(o["found"], background="white")}),
-                         ("Fréchet, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 5, 1, 2)})):
+                         ("Fréchet, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 3, 1, 1)})):
         true, hurt = (jackknife(distances[name], [list(map(f, g)) for g in groups]) for f in (dict, change))
         error = np.std(true, ddof=1) / 5 ** 0.5
         assert abs(np.mean(true)) < 4 * error + 0.02 and np.mean(hurt) > np.mean(true) + 4 * error
@@ -185,7 +185,9 @@ def few(monkeypatch):
 
 @pytest.mark.parametrize("script", [guidance, guided_prior, figure8, table2, typographic, components, binding, composition])
 def test_every_script_writes_its_table_numbers_and_picture(script, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
-    options = {guidance: ["--guidance", "1", "2", "--glide", str(weights / "decoder.pt")], figure8: ["--z-t", str(weights / "decoder.pt")]}
+    for given in ("caption", "z_t"):
+        torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / f"{given}.pt")
+    options = {guidance: ["--guidance", "1", "2", "--glide", str(tmp_path / "caption.pt")], figure8: ["--z-t", str(tmp_path / "z_t.pt")]}
     if script is table2:
         monkeypatch.setattr(script, "training", lambda path, stage, stack: (100, 1e9))
     monkeypatch.setattr(sys, "argv", [script.__name__, "--n", "2", "--seeds", "2", "--steps", "2", "--weights", str(weights), "--device", "cpu",
@@ -201,11 +203,61 @@ def test_every_script_writes_its_table_numbers_and_picture(script, weights, few,
 @pytest.mark.parametrize("script, arguments, message", [
     (guidance, ["--n", "1"], "--n 1: must be between 2"), (figure8, ["--seeds", "1"], "--seeds 1: must be between 2"),
     (binding, ["--steps", "1"], "--steps 1: must be"), (guided_prior, ["--guidance", "-1"], "--guidance -1"),
-    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"), (figure8, ["--z-t", "CLIP"], "is a 'clip' checkpoint, expected 'decoder'")])
+    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"), (figure8, ["--z-t", "CLIP"], "is a 'clip' checkpoint, expected 'decoder'"),
+    (figure8, ["--z-t", "DECODER"], "was not trained with --given z_t")])
 def test_wrong_use_is_one_line_and_exit_status_2(script, arguments, message, weights, monkeypatch, capsys):  # noqa: F811
-    arguments = [str(weights / "clip.pt") if a == "CLIP" else a for a in arguments]
+    arguments = [str(weights / f"{a.lower()}.pt") if a.isupper() else a for a in arguments]
     monkeypatch.setattr(sys, "argv", [script.__name__, "--weights", str(weights), "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as stop:
         script.main()
     err = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message in err[-1]
+
+
+# ----------------------------------------------------------------------------- what train.py trains for them
+
+def test_words_are_written_across_a_share_of_large_single_things_and_often_alone_tell_captions_apart(monkeypatch):
+    recipe = train.Recipe(16, 0, 0, words=0.5)
+    seen, render = [], train.render
+    monkeypatch.setattr(train, "render", lambda scene, side: seen.append(scene) or render(scene, side))
+    captions = [caption for k in range(12) for caption in train.Batches("clip", recipe, 0, None)[k][1]]
+    worded = [scene for scene in seen if any(thing.word for thing in scene.things)]
+    assert 0.3 < len(worded) / len(seen) < 0.7 and all(len(s.things) == 1 and s.things[0].size == "large" for s in worded)
+    says = [caption for caption in captions if "that says" in caption]
+    assert 0.4 < len(says) / len(worded) < 0.9
+    for scene, caption in zip(seen, captions):
+        assert "that says" not in caption or f"{scene.things[0].shape} that says {scene.things[0].word}" in caption
+    plain = train.Batches("clip", train.Recipe(16, 0, 0), 0, None)[0]
+    assert not any("that says" in caption for caption in plain[1])
+
+
+@pytest.mark.parametrize("given", ["z_t", "caption"])
+def test_a_decoder_given_z_t_or_the_caption_alone_never_sees_the_pictures_z_i(given, monkeypatch):
+    seen = {"z_i": [], "dropped": []}
+    text = {"z_t": torch.ones(200, 4), "mask": torch.ones(200, 1)}
+    monkeypatch.setattr(train, "read", lambda captions, context: (text, {"z_t": torch.zeros(1, 4), "mask": torch.zeros(1, 1)}))
+    monkeypatch.setattr(train, "look", lambda images, context: torch.full((200, 4), 9.0))
+
+    class Net(torch.nn.Module):
+        config = SimpleNamespace(prediction="eps")
+
+        def forward(self, x_t, t, z_i, text):
+            seen["z_i"].append(z_i), seen["dropped"].append(text["mask"] == 0)
+            return x_t, torch.zeros_like(x_t)
+
+    train.decoder_loss(Net(), (torch.zeros(200, 3, 8, 8), [""] * 200), {"given": given})
+    z_i, dropped = seen["z_i"][0], seen["dropped"][0].double().mean()
+    assert not (z_i == 9).any() and (0.8 < float((z_i == 1).double().mean()) < 1) == (given == "z_t")
+    assert float(dropped) == pytest.approx(0.5 if given == "z_t" else 0.2, abs=0.12)
+
+
+def test_such_decoders_start_from_the_shipped_kind_record_it_and_do_not_resume_as_another(tiny, tmp_path):  # noqa: F811
+    for stage in ("clip", "decoder"):
+        train.train(stage, tiny, torch.device("cpu"))
+    tiny.init, tiny.out, tiny.clip, tiny.given = tiny.out / "decoder.pt", tmp_path / "glide", tiny.out / "clip.pt", "caption"
+    train.train("decoder", tiny, torch.device("cpu"))
+    assert torch.load(tiny.out / "decoder.pt", weights_only=True)["given"] == "caption"
+    common.load_network(tiny.out / "decoder.pt", "decoder", sample.load_stack(tmp_path / "runs", prior_kind="none"))
+    tiny.resume, tiny.given = True, "z_i"
+    with pytest.raises(UserError, match="another given: caption, not z_i"):
+        train.train("decoder", tiny, torch.device("cpu"))
