@@ -184,7 +184,7 @@ def near_misses(scene, said, rng, n=3):
 
 
 def write_words(group, said, rng):
-    """(group, said) of scenes of one thing and what captions say of them, a shape's name written across each thing (fig. 6; ours).
+    """(group, said) of scenes of one thing and what captions say of them, with a shape's name across each thing (fig. 6; ours).
 
     Things become large, or nobody could read them. Like all else the word is left out of captions a third of the time; where it
     is said, it alone tells the group's scenes apart: a CLIP must read it.
@@ -262,8 +262,9 @@ class Batches(Dataset):
     """Batch k of a stage's training, drawn from (seed, k) alone: the same in any worker, in any order.
 
     clip, decoder: images (B, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no
-    caption comes twice (a duplicate would be a false negative); a share recipe.words of the scenes bears words. priors: numbers of scenes in the fixed set whose z_i
-    are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
+    caption comes twice (a duplicate would be a false negative); a share recipe.words of both stages' scenes has words written
+    across. priors: numbers of scenes in the fixed set whose z_i are computed beforehand (z_i: their pictures, in order), and
+    captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config):
@@ -402,7 +403,7 @@ def prior_picture(model, batch, context, sample=prior.sample):
 
 
 def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions), given what --given says (the caption alone: dropped as GLIDE drops it)."""
+    """The decoder's loss of a batch of (images, captions), given what --given says; alone, a caption is dropped as in GLIDE, 20%."""
     (text, null), dropped = read(batch[1], context), {"drop_z_i": 1, "drop_caption": 0.2} if context["given"] == "caption" else {}
     z_i = text["z_t"] if context["given"] == "z_t" else look(batch[0], context)
     return decoder.decoder_loss(model, batch[0], z_i, text, null, **dropped)
@@ -680,10 +681,10 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
-    parser.add_argument("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="what the decoder is trained on beside the "
-                        "caption: z_i (default), z_t in its place (§5.1), or nothing, the caption alone: GLIDE")
-    parser.add_argument("--words", type=float, default=0.0, help="share of the scenes of clip and decoder that get a word written "
-                        "across a thing (fig. 6; default 0)")
+    parser.add_argument("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="what the decoder is trained on beside "
+                        "the caption: z_i (default), z_t in its place (§5.1), or nothing, the caption alone: GLIDE")
+    parser.add_argument("--words", type=float, default=0.0, help="share of the scenes of clip and decoder that get a word "
+                        "written across a thing (fig. 6; default 0)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")

@@ -36,7 +36,7 @@ RENDERINGS = 16  # of each caption, for the mean of its true z_i
 
 
 def pairs_of(n, seed):
-    """n of [(colour, shape), (colour, shape)]: number k + 1 is number k with colours swapped, for even k. All pairs were trained."""
+    """n of [(colour, shape), (colour, shape)], all trained; number k + 1 is number k with its colours swapped, for even k."""
     rng, pairs = np.random.default_rng([seed, 1 << 54]), []
     while len(pairs) < n:
         (a, b), (s, t) = (rng.permutation(list(values))[:2].tolist() for values in (COLOURS, SHAPES))

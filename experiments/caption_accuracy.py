@@ -211,7 +211,7 @@ def parse_caption(caption):
 
 
 def score(picture, caption):
-    """Which of the attributes that a caption says a picture shows, as judge says. Raises what read_scene and parse_caption raise."""
+    """judge's verdicts on a picture and a caption. Raises what read_scene and parse_caption raise."""
     said = parse_caption(caption)
     return judge(read_scene(picture), said)
 

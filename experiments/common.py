@@ -125,7 +125,7 @@ def right(attribute):
 
 
 def attributes(scene):
-    """What a scene shows as a vector (26,): how many things, of each shape, colour, size, fill; background; mean place and radius.
+    """What a scene shows as a vector (26,): how many things, of each shape, colour, size, fill; background; mean place, radius.
 
     Lengths are scaled so that a quarter of the side in place, or the step from small to large, weighs as much as one attribute.
     """
@@ -139,7 +139,7 @@ def attributes(scene):
 def random_features(images):
     """Features (n, 32) of images (n, 3, 64, 64): mean outputs of three convolutions with fixed random weights.
 
-    Each filter sums to zero in every channel, so that it answers to edges and grain, not to the background, which the reader sees.
+    Each filter sums to zero in every channel, so that it answers to edges and grain: the background the reader sees.
     """
     generator, h = torch.Generator().manual_seed(0), images
     for channels, wide in ((3, 16), (16, 32), (32, 32)):
@@ -149,20 +149,21 @@ def random_features(images):
 
 
 def fidelity(captions, seed=0, least=1000):
-    """Two statistics of observations, {"Fréchet, attributes", "Fréchet, features"}: distances to true renderings of the captions.
+    """Two statistics of observations, {"distance, attributes", "distance, features"}: Fréchet distances to true renderings.
 
-    Of what the reader reads, and of random features in units of their true deviation, all of them together. At least so many
-    renderings, of each caption as many.
+    Of what the reader reads, and of random features in units of their true deviation, all of them together. The renderings are
+    of the captions, of each as many, and at least so many.
     """
     scenes = true_scenes(captions * -(-least // len(captions)), seed)
     features = random_features(to_images(scenes))
     unit, shown = features.var(0).sum().sqrt(), torch.stack([attributes(scene) for scene in scenes])
-    return {"Fréchet, attributes": lambda seen: frechet(torch.stack([attributes(o["found"]) for o in seen]), shown),
-            "Fréchet, features": lambda seen: frechet(random_features(torch.stack([o["image"] for o in seen])) / unit, features / unit)}
+    return {"distance, attributes": lambda seen: frechet(torch.stack([attributes(o["found"]) for o in seen]), shown),
+            "distance, features": lambda seen: frechet(random_features(torch.stack([o["image"] for o in seen])) / unit,
+                                                      features / unit)}
 
 
 def matched(said, found):
-    """The things of a read scene that a parsed caption's things are: the only one, or by their shapes; None where that can't be told."""
+    """A read scene's things in the order of a parsed caption's, by their shapes, or the only one; None where they can't be told."""
     shapes = {thing.shape: thing for thing in found.things}
     if len(said.things) == len(found.things) == 1:
         return found.things
@@ -171,7 +172,7 @@ def matched(said, found):
 
 
 def variety(pairs):
-    """How two pictures of a caption differ in what it leaves open, {"attribute, of how many things": a number for each comparison}.
+    """How two pictures of a caption differ in what it leaves open, {"attribute, number of things": a number for each comparison}.
 
     Of background, relation, colour, size and fill: whether they do. Of place, radius (within a size) and tilt: half the square of
     the difference, whose mean is the variance.
@@ -200,7 +201,7 @@ def variety(pairs):
 
 
 def diversity(captions, least=2000):
-    """The statistic of pairs of observations, two of one caption: the mean of variety's comparisons, each as a share of the world's.
+    """The statistic of pairs of observations, two of one caption: the mean of variety's comparisons, as shares of the world's.
 
     1 where pictures are as varied as true scenes of their captions, 0 where they are all alike.
     """
@@ -216,7 +217,10 @@ def diversity(captions, least=2000):
 
 
 def quality(captions):
-    """Table 1's three questions of pairs of observations of these captions: a function from lists, one a seed, to {column: pseudo-values}."""
+    """Table 1's three questions about these captions: a function of lists of pairs of observations, one a seed.
+
+    It gives {column: pseudo-values}: Fréchet distances for fidelity, captions all right, diversity.
+    """
     columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(captions)
 
     def measured(groups):
@@ -250,7 +254,7 @@ def t_quantile(freedom):
 
 
 def conclude(what, a, b, more="more", less="less"):
-    """One sentence: is a above b (lists of one number a seed, paired), or b a number? As the 95% interval of the difference has it."""
+    """One sentence: is a above b, lists of one number a seed, or b one number? As the 95% interval of the difference has it."""
     difference = np.array(a, float) - np.array(b, float)
     mean, error = difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
     if math.isnan(mean):
@@ -277,14 +281,15 @@ def finish(args, conclusions, picture, **numbers):
     print(*conclusions, sep="\n")
     if args.json:
         settings = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
-        plain = json.loads(json.dumps({"settings": settings, **numbers, "conclusions": conclusions}), parse_constant=lambda _: None)
-        args.json.write_text(json.dumps(plain, indent=1, ensure_ascii=False), "utf-8")  # JSON knows no NaN: null
+        text = json.dumps({"settings": settings, **numbers, "conclusions": conclusions})
+        numbers = json.loads(text, parse_constant=lambda _: None)  # JSON knows no NaN: null
+        args.json.write_text(json.dumps(numbers, indent=1, ensure_ascii=False), "utf-8")
     if args.picture:
         picture.save(args.picture)
 
 
 def chart(panels):
-    """Lines with one standard error up and down, {title: {name: [(label, mean, error)]}} side by side, 0 at the bottom, as a picture."""
+    """A picture of lines with one standard error up and down, from 0: {title: {name: [(label, mean, error)]}} side by side."""
     width, height, left, top, bottom = 420, 320, 46, 30, 60
     picture = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(picture)
@@ -295,6 +300,8 @@ def chart(panels):
         to_xy = lambda k, value: (n * width + left + 20 + (width - left - 60) * k / max(1, count - 1),
                                   top + (height - top - bottom) * (1 - max(0, value) / most))
         pen.text((n * width + left, 8), title, "black")
+        for k, (label, *_) in enumerate(max(lines.values(), key=len)):
+            pen.text((to_xy(k, 0)[0], height - bottom + 8), str(label), "black", anchor="ma")
         for value in np.linspace(0, most, 6):
             y = to_xy(0, value)[1]
             pen.line([(n * width + left, y), ((n + 1) * width - 20, y)], "gainsboro")
@@ -302,9 +309,8 @@ def chart(panels):
         for row, (colour, (name, points)) in enumerate(zip(LINES, lines.items())):
             points = [(k, *point) for k, point in enumerate(points) if not math.isnan(point[1])]
             pen.line([to_xy(k, mean) for k, _, mean, _ in points], colour, 2)
-            for k, label, mean, error in points:
+            for k, _, mean, error in points:
                 pen.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
-                pen.text((to_xy(k, 0)[0], height - bottom + 8), str(label), "black", anchor="ma")
             pen.text((n * width + left + 8 + 120 * (row % 3), height - 32 + 14 * (row // 3)), name, colour)
     return picture
 

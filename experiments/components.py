@@ -53,7 +53,8 @@ def earliness(name):
     """
     def share(observations):
         rates = np.mean([[found[name] for found in each] for each in observations], 0)
-        gain, error = rates[-1] - rates[0], math.sqrt((rates[-1] * (1 - rates[-1]) + rates[0] * (1 - rates[0])) / len(observations))
+        gain, variance = rates[-1] - rates[0], rates[-1] * (1 - rates[-1]) + rates[0] * (1 - rates[0])
+        error = math.sqrt(variance / len(observations))
         return float((rates[1:] - rates[0]).mean() / gain) if gain > 2 * error else math.nan
     return share
 
@@ -87,7 +88,8 @@ def conclusions(early):
 
 def main():
     """The script: what --help says."""
-    parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 40, "pictures of one thing")
+    parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 40,
+                     "pictures of one thing")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
@@ -95,7 +97,8 @@ def main():
         show(rows, "components")
         show(early)
         strip = draw_strip([[(name, images[k]) for name, images in first.items()] for k in range(min(4, args.n))])
-        curves = chart({"recovered, against components": {name: points(rows, name) for name in ATTRIBUTES}})
+        curves = chart({f"{', '.join(some)}, against components": {name: points(rows, name) for name in some}
+                        for some in (ATTRIBUTES[:3], ATTRIBUTES[3:])})
         finish(args, conclusions(early), under(strip, curves), rows=rows, early=early)
 
 

@@ -22,13 +22,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import encode_captions, one_line_errors, pick_device
-from common import conclude, decode, draw, finish, jackknife, load_network, observe, options, parse, right, show, to_images, true_scenes
+from common import (conclude, decode, draw, finish, jackknife, load_network, observe, options, parse, right, show, to_images,
+                    true_scenes)
 from manipulate import draw_strip
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES
 
 NEW = sorted(HELD_OUT)
-TRAINED = [(colour, shape) for (colour, _), (_, shape) in zip(NEW, NEW[1:] + NEW[:1])]  # their colours and shapes, matched otherwise
+TRAINED = [(colour, shape) for (colour, _), (_, shape) in zip(NEW, NEW[1:] + NEW[:1])]  # matched otherwise
 ALL = list(product(COLOURS, SHAPES))
 
 
@@ -71,14 +72,14 @@ def measure(stack, args):
 def conclusions(rows):
     """What a pair's never having been trained costs, link by link."""
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
-    return [conclude(f"{link}, {column} right, pairs never trained against trained ones", rows[f"{link}, never trained"][column],
-                     rows[f"{link}, trained"][column], "higher", "lower") for link in links for column in ("both", "colour", "shape")]
+    return [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
+                     rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("both", "colour", "shape")]
 
 
 def main():
     """The script: what --help says."""
-    parser = options("Name, decode and draw the four pairs of colour and shape that training never shows, beside four that it does.", 36,
-                     "pictures of pairs never trained, and as many of trained ones")
+    parser = options("Name, decode and draw the four colour-shape pairs that training never shows, beside four that it does.",
+                     36, "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device))

@@ -17,7 +17,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import one_line_errors, pick_device
-from common import conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show, true_scenes
+from common import (conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show,
+                    true_scenes)
 from manipulate import draw_strip
 from priors import embed
 from sweep import captions_of
@@ -48,7 +49,7 @@ def conclusions(rows):
     best, said = "diffusion prior", []
     for other in [name for name in rows if name != best]:
         said += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
-                 for c, what in (("all", "Captions shown"), ("Fréchet, features", "Distance from true pictures"))]
+                 for c, what in (("all", "Captions shown"), ("distance, features", "Distance from true pictures"))]
     return said
 
 

@@ -1,10 +1,11 @@
-"""Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.2, §5.3; figs. 9, 10, 11; table 1)
+"""Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.3; figs. 9 to 11; table 1)
 
 In:   a folder of checkpoints; --glide, a decoder trained with the caption alone (python train.py decoder --given caption).
       Without it the caption alone is given to unCLIP's own decoder, which saw that in 5% of its training
-Out:  on stdout, a table: for each model and guidance scale how often a picture shows all that its caption says, Fréchet
-      distances to true renderings, and the diversity of two pictures of a caption as a share of the world's, where the
-      caption leaves something open; then the conclusions. --picture: one caption's pictures (fig. 9) over the curves (10, 11)
+Out:  on stdout, a table: for each model and guidance scale how often a picture shows all that its caption says; Fréchet
+      distances to true renderings, of what the reader reads and of random features; and how much two pictures of a caption
+      differ in what it leaves open, as a share of the world's; then the conclusions. --picture: three captions' pictures, two
+      of each, as guidance grows (fig. 9), over the curves (figs. 10, 11)
 
 Table 1's questions are asked of the means over all scales of the sweep, so that no scale is chosen by what it is judged by.
 
@@ -27,7 +28,7 @@ from manipulate import draw_strip
 from sweep import captions_of
 
 MODELS = {"caption alone": "none", "unCLIP": "diffusion"}  # and where z_i comes from
-COLUMNS = ("all right", "Fréchet, attributes", "Fréchet, features", "diversity")
+COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity")
 
 
 def measure(stacks, args):
@@ -54,7 +55,7 @@ def conclusions(rows):
     alone, unclip = (list(rows[model].values()) for model in MODELS)
     mean = lambda settings, column: np.mean([s[column] for s in settings], 0)
     names = {"all right": "Captions shown, unCLIP against the caption alone",
-             "Fréchet, features": "Distance from true pictures, unCLIP against the caption alone",
+             "distance, features": "Distance from true pictures, unCLIP against the caption alone",
              "diversity": "Diversity, unCLIP against the caption alone"}
     said = [conclude(what, mean(unclip, c), mean(alone, c), "higher", "lower") for c, what in names.items()]
     lost = [np.subtract(s[0]["diversity"], s[-1]["diversity"]) for s in (unclip, alone)]
@@ -63,10 +64,11 @@ def conclusions(rows):
 
 def main():
     """The script: what --help says."""
-    parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, fidelity and "
-                     "diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
+    parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, "
+                     "fidelity and diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")
-    parser.add_argument("--glide", type=Path, metavar="PATH", help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
+    parser.add_argument("--glide", type=Path, metavar="PATH",
+                        help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if any(not 0 <= scale <= 100 for scale in args.guidance):
@@ -77,8 +79,8 @@ def main():
         rows, true, first = measure({"caption alone": alone, "unCLIP": unclip}, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})
-        strip = draw_strip([[(f"{model}, {scale}", images[k]) for scale, images in scales.items()]
-                            for model, scales in first.items() for k in range(2)])
+        strip = draw_strip([[(f"{model}, {scale}", images[k]) for k in range(copy, 2 * min(3, args.n), 2)
+                             for scale, images in scales.items()] for model, scales in first.items() for copy in range(2)])
         curves = chart({column: {model: points(scales, column) for model, scales in rows.items()} for column in COLUMNS})
         finish(args, conclusions(rows), under(strip, curves), rows=rows, true=true)
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, read_checkpoint
-from common import conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show, true_scenes
+from common import (conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show,
+                    true_scenes)
 from manipulate import draw_strip
 from priors import embed, frechet
 from speed import operations
@@ -54,7 +55,7 @@ def training(path, stage, stack):
 
 
 def equal_steps(stack, captions):
-    """(seconds of the AR prior, of the diffusion prior, the latter's steps that take no longer than the former) for these captions."""
+    """For these captions (seconds of the AR prior, of the diffusion prior, the latter's steps that take no longer than the former)."""
     def seconds(kind, steps=None):
         began = time.perf_counter()
         draw(stack, captions, 0, kind, steps=steps)
@@ -84,7 +85,7 @@ def measure(stack, args, steps):
             first.setdefault(name, images)
     columns, true = {"all right": right("all"), **fidelity(captions)}, torch.stack(true)
     distance = lambda z_i: 1000 * frechet(torch.stack(z_i), true)
-    return {name: {"seconds for 1,000": seconds[name], "Fréchet of z_i, ×1000": jackknife(distance, z[name])}
+    return {name: {"seconds for 1,000": seconds[name], "distance of z_i, ×1000": jackknife(distance, z[name])}
             | {c: jackknife(statistic, seen[name]) for c, statistic in columns.items()} for name in kinds}, first
 
 
@@ -120,7 +121,8 @@ def main():
         stack |= {stage: load_network(path, stage, stack) for stage, path in paths.items()}
         said = balance({stage: training(path, stage, stack) for stage, path in paths.items()})
         ar, full, steps = equal_steps(stack, captions_of(64, 0))
-        print(f"{said}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; as long as AR takes {steps} of its steps.\n", flush=True)
+        print(f"{said}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; AR takes as long as {steps} of its steps.\n",
+              flush=True)
         rows, first = measure(stack, args, steps)
         show(rows, "prior")
         finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),

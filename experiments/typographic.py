@@ -2,8 +2,8 @@
 
 In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter; two short trainings make one that
       has, in a tenth of its scenes, and a decoder for it:
-        python train.py clip --words 0.1 --init weights/shapes/clip.pt --steps 4000 --out runs/words
-        python train.py decoder --words 0.1 --init weights/shapes/decoder.pt --steps 2000 --out runs/words
+        python train.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
+        python train.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
 Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
       CLIP's nearest caption "a circle" … "a cross" names the thing, and how often the word; and which of the two a decoding
       of z_i shows. The reader's own line is of the pictures themselves. Then the conclusions. --picture: pictures, plain and
@@ -46,7 +46,7 @@ def scenes_of(n, seed):
 
 
 def read_shape(image):
-    """The shape of the one coloured thing in an image (3, 64, 64), letters left out of the comparison; None where none is seen."""
+    """The shape of the one coloured thing in an image (3, 64, 64), letters left out of account; None where none is seen."""
     pixels = np.asarray(sample.to_picture(image), np.float32)
     _, plane, _ = fit_background(pixels)
     contrast = (pixels - plane).astype(np.float32)
@@ -82,10 +82,11 @@ def measure(stack, args):
         for what, scenes in (("plain", plain), ("with a word", worded)):
             z_i, images = embed(stack, scenes), to_images(scenes)
             made = decode(stack, z_i, [""] * args.n, seed, steps=args.steps)
-            answers = {"CLIP": named(stack, z_i), "decoding": list(map(read_shape, made)), "picture, the reader": list(map(read_shape, images))}
+            answers = {"CLIP": named(stack, z_i), "decoding": map(read_shape, made), "the reader": map(read_shape, images)}
+            things = [scene.things[0] for scene in worded]
             for who, shapes in answers.items():
                 seen.setdefault(f"{who}, {what}", []).append(
-                    [{"thing": shape == w.things[0].shape, "word": shape == w.things[0].word} for shape, w in zip(shapes, worded)])
+                    [{"thing": shape == thing.shape, "word": shape == thing.word} for shape, thing in zip(shapes, things)])
             first.setdefault(what, images)
             first.setdefault(f"{what}, decoded", made)
     share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
@@ -94,12 +95,12 @@ def measure(stack, args):
 
 def conclusions(rows):
     """What the word does to CLIP's label and to the decoding, and which of the two it does more to."""
-    lost = {who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"]) for who in ("CLIP", "decoding")}
+    taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
     said = [conclude(f"{who} {verb} the {column}, with a word across against plain", rows[f"{who}, with a word"][column],
                      rows[f"{who}, plain"][column], "more often", "less often")
             for who, verb in (("CLIP", "names"), ("decoding", "shows")) for column in ("thing", "word")]
-    return said + [conclude("What the word takes from CLIP's naming of the thing, against what it takes from the decoding's showing it",
-                            lost["CLIP"], lost["decoding"])]
+    return said + [conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
+                            taken("decoding"))]
 
 
 def main():

@@ -92,8 +92,8 @@ def test_true_pictures_are_at_distance_0_from_the_world_and_damaged_ones_further
     distances = common.fidelity(OPEN)
     seen = observe(to_images(true_scenes(OPEN * 40, 3)), OPEN * 40)
     groups = [seen[k::5] for k in range(5)]
-    for name, change in (("Fréchet, attributes", lambda o: o | {"found": replace(o["found"], background="white")}),
-                         ("Fréchet, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 3, 1, 1)})):
+    for name, change in (("distance, attributes", lambda o: o | {"found": replace(o["found"], background="white")}),
+                         ("distance, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 3, 1, 1)})):
         true, hurt = (jackknife(distances[name], [list(map(f, g)) for g in groups]) for f in (dict, change))
         error = np.std(true, ddof=1) / 5 ** 0.5
         assert abs(np.mean(true)) < 4 * error + 0.02 and np.mean(hurt) > np.mean(true) + 4 * error
