@@ -1,4 +1,4 @@
-"""What becomes of the four colour-shape pairs that training never shows? (after fig. 1's avocado armchair: new compositions)
+"""What becomes of the four colour-shape pairs that training never shows? (ours: the paper shows new compositions and counts none)
 
 In:   a folder of checkpoints
 Out:  on stdout, a table for the pairs never trained and for as many that were, of the same colours and the same shapes: how
