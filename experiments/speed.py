@@ -126,7 +126,7 @@ def main():
         if args.batch_size is not None and not 2 <= args.batch_size <= 65536:
             raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
         device = pick_device(args.device)
-        args.out, args.seed, args.workers, args.given = Path(folder), 0, 0, "z_i"
+        args.out, args.seed, args.workers, args.given, args.clip, args.bpe = Path(folder), 0, 0, "z_i", None, None
         train.FIXED_SCENES = 64  # the prior's set need only be there
         peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
         contexts(args, device)
