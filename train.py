@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -86,6 +86,7 @@ class Thing:
     y: float = 0.5
     radius: float = 0.1  # of the circle around the shape
     tilt: float = 0.0
+    word: str = ""       # written across it (fig. 6); only with --words
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def describe(scene, said, rng):
     def phrase(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in said] + [thing.shape]
+        words += ["that says", thing.word] if (k, "word") in said else []
         return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
     text = phrase(0)
@@ -204,6 +206,18 @@ def near_misses(scene, said, rng, n=3):
     return group[1:]
 
 
+def write_words(group, said, rng):
+    """(group, said) of scenes of one thing and what captions say of them, with a shape's name across each thing (fig. 6; ours).
+
+    Things become large, or nobody could read them. Like all else the word is left out of captions a third of the time; where it
+    is said, it alone tells the group's scenes apart: a CLIP must read it.
+    """
+    if rng.random() < 2 / 3:
+        group, said = group[:1] * len(group), said | {(0, "word")}
+    written = [replace(s.things[0], size="large", word=str(word)) for s, word in zip(group, rng.permutation(SHAPES))]
+    return [lay_out(replace(s, things=(thing,)), rng) for s, thing in zip(group, written)], said
+
+
 def outline(shape):
     """A shape's corners (n, 2) within the unit circle, y downwards."""
     turn = lambda n, start=-90: np.deg2rad(start + 360 / n * np.arange(n))
@@ -246,6 +260,10 @@ def render(scene, side):
             ImageDraw.Draw(inside).polygon(shape, 255)
             light = tuple((0.65 * colour + 0.35 * 255).round().astype(int).tolist())
             picture.paste(light, mask=Image.composite(bars, Image.new("L", (n, n)), inside))
+        if thing.word:  # as wide as the thing
+            font = ImageFont.load_default(2 * thing.radius * n * 20 / ImageFont.load_default(20).getlength(thing.word))
+            shade = (25,) * 3 if colour.sum() > 400 else (250,) * 3
+            ImageDraw.Draw(picture).text((thing.x * n, thing.y * n), thing.word, shade, font, "mm", stroke_width=n // 200)
     return picture.reduce(fine)
 
 
@@ -489,13 +507,14 @@ class Batches(Dataset):
 
     Row n is drawn from (seed, k, n) alone: the same in any process, any worker, any order. clip, decoder: images
     (b, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no caption comes twice (a
-    duplicate would be a false negative). priors: numbers of scenes in the fixed set whose z_i are computed beforehand
+    duplicate would be a false negative), and a share recipe.words of the scenes has words written across. priors: numbers of scenes in the fixed set whose z_i are computed beforehand
     (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
         self.stage, self.batch_size, self.seed, self.config, self.fixed_scenes = stage, recipe.batch_size, seed, config, FIXED_SCENES
         self.rows, self.held_out = range(*(recipe.batch_size // world * n for n in (rank, rank + 1))), split != "train"
+        self.words = recipe.words
 
     def __getitem__(self, k):
         draw = lambda n: np.random.default_rng([self.seed, k, n, 2 * self.held_out])
@@ -517,9 +536,11 @@ class Batches(Dataset):
         for n in range(0, self.batch_size, 4) if clip else self.rows:  # clip: all captions must be known to have none twice
             rng, words = draw(n), []
             while not words or clip and len({*words} - told) < 4:
-                scene = random_scene(rng)
+                worded = self.words and rng.random() < self.words
+                scene = random_scene(rng, 1 if worded else None)
                 said = what_to_say(scene, rng)
                 group = [scene, *near_misses(scene, said, rng)] if clip else [scene]
+                group, said = write_words(group, said, rng) if worded else (group, said)
                 words = [describe(s, said, rng) for s in group]
             scenes, captions, told = scenes + group, captions + words, told | {*words}
         own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
@@ -603,6 +624,7 @@ class Recipe:
     warmup: int = 500
     at_once: int = 1 << 20  # rows that go through the network together: a larger batch's gradients are added up in pieces
     recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
+    words: float = 0.0  # share of the scenes that have a word written across them (clip and decoder)
 
 
 RECIPES = {
@@ -702,20 +724,24 @@ def prior_picture(model, batch, context, sample=prior.sample):
 
 
 def decoder_loss(model, batch, context):
-    """The decoder's loss of a batch of (images, captions), and of a folder the pictures' numbers: their z_i are known."""
-    return decoder.decoder_loss(model, batch[0], seen(batch, context), *read(batch[1], context))
+    """The decoder's loss of a batch of (images, captions), given what --given says; alone, a caption is dropped as in GLIDE, 20%."""
+    (text, null), dropped = read(batch[1], context), {"drop_z_i": 1, "drop_caption": 0.2} if context["given"] == "caption" else {}
+    return decoder.decoder_loss(model, batch[0], seen(batch, text, context), text, null, **dropped)
 
 
-def seen(batch, context):
-    """z_i of a batch for the decoder."""
+def seen(batch, text, context):
+    """What stands for z_i beside a batch's captions: z_t with --given z_t; z_i of a folder's pictures is known by their numbers."""
+    if context["given"] == "z_t":
+        return text["z_t"]
     return context["z_i"][batch[2]].to(context["device"]) if len(batch) > 2 else look(batch[0], context)
 
 
 def decoder_picture(model, batch, context):
-    """Eight pictures above what the decoder makes of their z_i and captions."""
+    """Eight pictures above what the decoder makes of their z_i, or what --given says, and captions."""
     batch = [part[:8] for part in batch]
-    images, captions = batch[:2]
-    made = decoder.sample(model, seen(batch, context), *read(captions, context), seeds(len(images)), steps=25)
+    images, (text, null) = batch[0], read(batch[1], context)
+    z_i = seen(batch, text, context) * (context["given"] != "caption")
+    made = decoder.sample(model, z_i, text, null, seeds(len(images)), steps=25)
     return grid([*images, *made], len(images))
 
 
@@ -901,7 +927,7 @@ def add_gradients(loss, batch, k, recipe, context, held_out=False):
 
 def prepared(stage, args, device):
     """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
-    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate") if getattr(args, k)}
+    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate", "words") if getattr(args, k)}
     recipe, (_, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
     if recipe.batch_size % world:
         raise UserError(f"--batch-size {recipe.batch_size}: cannot be shared equally by {world} processes")
@@ -955,7 +981,7 @@ def train(stage, args, device):
         if state is None or saved["config"] != asdict(config):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
-            if (state | saved).get(name) != value:
+            if ({"data": None, "given": "z_i"} | state | saved).get(name) != value:  # what older ones lack
                 raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
                                 f"{(state | saved).get(name)!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
@@ -1176,11 +1202,11 @@ def prepare_ar_prior(args, device):
 
 
 def prepare_decoder(args, device):
-    """CLIP, and a config that fits it."""
+    """CLIP, a config that fits it, and what the decoder is given."""
     context, extra = frozen_clip(args, device)
     c = context["clip"].config
     config = replace(decoder.PRESETS[args.preset], embed_dim=c.embed_dim, clip_text_width=c.text_width, vocab_size=c.vocab_size)
-    return context | {"config": config}, extra
+    return context | {"config": config, "given": args.given}, extra | {"given": args.given}
 
 
 def prepare_upsampler(args, device, size):
@@ -1250,6 +1276,10 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps in all, in place of the preset's")
     parser.add_argument("--batch-size", type=int, help="of all processes together, in place of the preset's")
     parser.add_argument("--learning-rate", type=float, help="in place of the preset's")
+    parser.add_argument("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="what the decoder is trained on beside "
+                        "the caption: z_i (default), z_t in its place (§5.1), or nothing, the caption alone: GLIDE")
+    parser.add_argument("--words", type=float, default=0.0, help="share of the scenes of clip and decoder that get a word "
+                        "written across a thing (fig. 6; default 0)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, order, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
@@ -1265,7 +1295,7 @@ def main():
     args.out = args.out or Path("runs") / args.preset
     with one_line_errors():
         for name, low, high in (("steps", 1, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 1e-12, 10), ("seed", 0, 1 << 30),
-                                ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
+                                ("words", 0, 1), ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
         if args.init and args.stage not in STAGES:

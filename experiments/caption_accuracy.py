@@ -211,12 +211,17 @@ def parse_caption(caption):
 
 
 def score(picture, caption):
-    """Which of the attributes that a caption says a picture shows: {attribute: bool}, only those that are said.
+    """judge's verdicts on a picture and a caption. Raises what read_scene and parse_caption raise."""
+    said = parse_caption(caption)
+    return judge(read_scene(picture), said)
+
+
+def judge(found, said):
+    """Which of the attributes that a parsed caption says a read scene has: {attribute: bool}, only those that are said.
 
     The things found are matched with those said so that most is right, shapes first. "bound" is every shape and
-    said colour on the right thing, "all" everything at once. Raises what read_scene and parse_caption raise.
+    said colour on the right thing, "all" everything at once.
     """
-    said, found = parse_caption(caption), read_scene(picture)
     missing = (None,) * (len(said.things) - len(found.things))
 
     def verdicts(matched):

@@ -126,7 +126,7 @@ def main():
         if args.batch_size is not None and not 2 <= args.batch_size <= 65536:
             raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
         device = pick_device(args.device)
-        args.out, args.seed, args.workers, args.dry_run = Path(folder), 0, 0, False
+        args.out, args.seed, args.workers, args.dry_run, args.given = Path(folder), 0, 0, False, "z_i"
         args.data = args.clip = args.bpe = None
         train.FIXED_SCENES = 64  # the prior's set need only be there
         peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)

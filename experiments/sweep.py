@@ -16,16 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import draw_and_score
 from clip_embed import UserError, one_line_errors, pick_device
+from common import chart
 from train import describe, random_scene, what_to_say
 
-LINES = {"one thing": "royalblue", "two things": "darkorange"}
+LINES = ("one thing", "two things")
 
 
 def captions_of(n, seed):
@@ -45,30 +45,6 @@ def measure(stack, captions, seed, **options):
     groups = {name: np.array(right[k::2], float) for k, name in enumerate(LINES)}
     return ({name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in groups.items()},
             (time.perf_counter() - began) / len(captions))
-
-
-def plot(panels, path):
-    """Draw {title: [(setting, shares)]} side by side: accuracy upwards from 0 to 1, the settings evenly spaced."""
-    width, height, left, top, bottom = 420, 300, 46, 30, 40
-    picture = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(picture)
-    for n, (title, points) in enumerate(panels.items()):
-        to_xy = lambda k, share: (n * width + left + 20 + (width - left - 60) * k / max(1, len(points) - 1),
-                                  top + (height - top - bottom) * (1 - share))
-        draw.text((n * width + left, 8), f"everything right, against {title}", "black")
-        for share in np.linspace(0, 1, 6):
-            y = to_xy(0, share)[1]
-            draw.line([(n * width + left, y), ((n + 1) * width - 20, y)], "gainsboro")
-            draw.text((n * width + 8, y - 6), f"{share:.0%}", "black")
-        for k, (setting, _) in enumerate(points):
-            draw.text((to_xy(k, 0)[0] - 8, height - bottom + 8), f"{setting:g}", "black")
-        for row, (name, colour) in enumerate(LINES.items()):
-            draw.line([to_xy(k, shares[name][0]) for k, (_, shares) in enumerate(points)], colour, 2)
-            for k, (_, shares) in enumerate(points):
-                mean, error = shares[name]
-                draw.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
-            draw.text((n * width + left + 8 + 90 * row, height - 16), name, colour)
-    picture.save(path)
 
 
 def main():
@@ -97,7 +73,8 @@ def main():
                 cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
                 print(f"| {title} {setting:g} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
         if args.plot and panels:
-            plot(panels, args.plot)
+            chart({f"everything right, against {title}": {name: [(f"{setting:g}", *shares[name]) for setting, shares in points]
+                                                          for name in LINES} for title, points in panels.items()}).save(args.plot)
         if args.json:
             args.json.write_text(json.dumps({"n": args.n, "seed": args.seed, **panels}, indent=1))
 

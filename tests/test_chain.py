@@ -45,7 +45,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
                               init=None, data=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2,
-                              dry_run=False)
+                              dry_run=False, given="z_i", words=0.0)
 
 
 def stopped_after(monkeypatch, saves):

@@ -1,0 +1,130 @@
+"""Where does the chain mix up which colour is which shape's? (§7, figs. 14, 15)
+
+In:   a folder of checkpoints
+Out:  on stdout, a table over pairs of captions with their colours swapped, "a red circle and a blue square" beside "a blue
+      circle and a red square": how often each link prefers the right one of the two, which is 0.5 by chance,
+        CLIP             of a true picture and both captions, by the cosine
+        z_i              of a true picture's z_i, by which of the captions' mean true z_i is nearer: what z_i holds
+        … prior          the same of z_i drawn by a prior for the caption
+        decoder          of pictures decoded from a true picture's z_i, alone or with the caption, read from their pixels
+        … chain          of pictures from the caption, read from their pixels
+      where pictures that show neither are left out, but counted ("right pairs", "swapped pairs", of all); then the
+      conclusions. --picture: pictures of the first captions, the true ones above
+
+    python experiments/binding.py --picture docs/binding.png
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from caption_accuracy import read_scene
+from clip_embed import encode_captions, one_line_errors, pick_device
+from common import conclude, decode, draw, finish, jackknife, load_network, options, parse, show, to_images, true_scenes
+from manipulate import draw_strip
+from priors import embed
+from train import COLOURS, HELD_OUT, SHAPES
+
+RENDERINGS = 16  # of each caption, for the mean of its true z_i
+
+
+def pairs_of(n, seed):
+    """n of [(colour, shape), (colour, shape)], all trained; number k + 1 is number k with its colours swapped, for even k."""
+    rng, pairs = np.random.default_rng([seed, 1 << 54]), []
+    while len(pairs) < n:
+        (a, b), (s, t) = (rng.permutation(list(values))[:2].tolist() for values in (COLOURS, SHAPES))
+        if not HELD_OUT & {(a, s), (b, t), (b, s), (a, t)}:
+            pairs += [[(a, s), (b, t)], [(b, s), (a, t)]]
+    return pairs[:n]
+
+
+def swapped(rows):
+    """The other one of each two neighbours, along the first axis of a tensor with an even length."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def preference(z, own):
+    """How far each of z (n, d) prefers its own of two directions: cosine with own (n, d) less that with the swapped one."""
+    return F.cosine_similarity(z, own) - F.cosine_similarity(z, swapped(own))
+
+
+def verdicts(images, pairs):
+    """For each picture 1 where it shows its two colour-shape pairs, 0 where the swapped ones, NaN for anything else."""
+    result = []
+    for image, ((a, s), (b, t)) in zip(images, pairs):
+        found = sorted((thing.colour, str(thing.shape)) for thing in read_scene(sample.to_picture(image)).things)
+        result.append(1.0 if found == sorted([(a, s), (b, t)]) else 0.0 if found == sorted([(b, s), (a, t)]) else math.nan)
+    return result
+
+
+def decided(observed):
+    """The share of right ones among verdicts that are right or swapped."""
+    told = [v for v in observed if not math.isnan(v)]
+    return float(np.mean(told)) if told else math.nan
+
+
+def measure(stack, args):
+    """({link: {column: pseudo-values}}, {link: images of seed 0})."""
+    links, first = {}, {}
+
+    def add(link, observed):
+        links.setdefault(link, []).append(observed)
+
+    for seed in tqdm(range(args.seeds), "seeds"):
+        pairs = pairs_of(args.n, seed)
+        captions = [f"a {a} {s} and a {b} {t}" for (a, s), (b, t) in pairs]
+        scenes = true_scenes(captions, 1000 + seed)
+        z_i, z_t = embed(stack, scenes), encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"].cpu()
+        mean = sum(embed(stack, true_scenes(captions, 2000 + RENDERINGS * seed + k)) for k in range(RENDERINGS))
+        add("CLIP", (preference(z_i, z_t) > 0).double().tolist())
+        add("z_i", (preference(z_i, mean) > 0).double().tolist())
+        drawn = {name: draw(stack, captions, seed, kind) for name, kind in (("diffusion", "diffusion"), ("AR", "ar"))}
+        for name in drawn:
+            add(f"{name} prior", (preference(drawn[name], mean) > 0).double().tolist())
+        decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions),
+                     "diffusion chain": (drawn["diffusion"], captions), "AR chain": (drawn["AR"], captions)}
+        first.setdefault("true", to_images(scenes))
+        for link, (z, said) in decodings.items():
+            images = decode(stack, z, said, seed, steps=args.steps)
+            add(link, verdicts(images, pairs))
+            first.setdefault(link, images)
+    share = lambda value: lambda observed: float(np.mean([v == value for v in observed]))
+    return {link: {"right of the two": jackknife(decided, groups)} | (
+        {"right pairs": jackknife(share(1), groups), "swapped pairs": jackknife(share(0), groups)} if link in first else {})
+        for link, groups in links.items()}, first
+
+
+def conclusions(rows):
+    """Each link against the one that it takes its z_i from, or against chance."""
+    of = {link: row["right of the two"] for link, row in rows.items()}
+    said = [conclude(f"{link} against chance", of[link], 0.5, "binds", "prefers the swapped one") for link in ("CLIP", "z_i")]
+    for link, source in (("diffusion prior", "z_i"), ("AR prior", "z_i"), ("decoder, z_i alone", "z_i"),
+                         ("decoder, z_i and caption", "decoder, z_i alone"), ("diffusion chain", "diffusion prior"),
+                         ("AR chain", "AR prior")):
+        said.append(conclude(f"{link} after {source}", of[link], of[source], "binding gained", "binding lost"))
+    return said
+
+
+def main():
+    """The script: what --help says."""
+    parser = options("Find the link of the chain that swaps two things' colours.", 48, "captions, in pairs that swap colours")
+    with one_line_errors(), torch.no_grad():
+        args = parse(parser)
+        args.n += args.n % 2
+        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
+        rows, first = measure(stack, args)
+        show(rows, "link")
+        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
+               rows=rows)
+
+
+if __name__ == "__main__":
+    main()

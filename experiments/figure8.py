@@ -1,0 +1,75 @@
+"""What does the decoder make of a caption with each kind of z_i? (§5.1, fig. 8)
+
+In:   a folder of checkpoints; --z-t, a decoder trained on z_t in z_i's place (python train.py decoder --given z_t)
+Out:  on stdout, a table: for the caption alone (z_i = 0), z_t in z_i's place, z_i from the autoregressive and from the
+      diffusion prior, and z_i of a true picture of the caption, how often each attribute that the caption says is shown, and
+      Fréchet distances to true renderings; then the conclusions. --picture: the first captions' pictures, a kind a row
+
+    python experiments/figure8.py --z-t runs/z_t/decoder.pt --picture docs/figure8.png
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from clip_embed import one_line_errors, pick_device
+from common import (conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show,
+                    true_scenes)
+from manipulate import draw_strip
+from priors import embed
+from sweep import captions_of
+
+KINDS = {"caption alone": "none", "z_t": "text", "AR prior": "ar", "diffusion prior": "diffusion"}
+TRAINED = "z_t, decoder trained on it"
+
+
+def measure(stack, args, on_z_t=None):
+    """({kind: {column: pseudo-values}}, {kind: images of seed 0}); on_z_t: the stack with a decoder trained on z_t."""
+    seen, first, captions = {}, {}, []
+    for seed in tqdm(range(args.seeds), "seeds"):
+        some = captions_of(args.n, seed)
+        captions += some
+        z_i = {name: draw(stack, some, seed, kind) for name, kind in KINDS.items()}
+        z_i["true z_i"] = embed(stack, true_scenes(some, 1000 + seed))
+        decoders = dict.fromkeys(z_i, stack) | ({TRAINED: on_z_t} if on_z_t else {})
+        for name, networks in decoders.items():
+            images = decode(networks, z_i["z_t" if name == TRAINED else name], some, seed, steps=args.steps)
+            seen.setdefault(name, []).append(observe(images, some))
+            first.setdefault(name, images)
+    columns = {name: right(name) for name in ("all", "bound", "count", "shape", "colour", "relation")} | fidelity(captions)
+    return {name: {c: jackknife(statistic, groups) for c, statistic in columns.items()} for name, groups in seen.items()}, first
+
+
+def conclusions(rows):
+    """The prior's z_i against what could stand in its place, and against a true picture's."""
+    best, said = "diffusion prior", []
+    for other in [name for name in rows if name != best]:
+        said += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
+                 for c, what in (("all", "Captions shown"), ("distance, features", "Distance from true pictures"))]
+    return said
+
+
+def main():
+    """The script: what --help says."""
+    parser = options("Give the decoder a caption with each kind of z_i, and read back what the pictures show.", 36,
+                     "captions, half of one thing, half of two")
+    parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")
+    with one_line_errors(), torch.no_grad():
+        args = parse(parser)
+        device = pick_device(args.device)
+        stack = sample.load_stack(args.weights, device)
+        stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
+        on_z_t = {**stack, "decoder": load_network(args.z_t, "decoder", stack, "z_t")} if args.z_t else None
+        rows, first = measure(stack, args, on_z_t)
+        show(rows, "z_i")
+        print("In the picture:", *captions_of(args.n, 0)[:8], sep="\n", end="\n\n")
+        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
+               rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Should guidance be in the prior, in the decoder, or in both? (§5.5, where guiding the prior hurt)
+
+In:   a folder of checkpoints
+Out:  on stdout, a table: for neither, one and both guided how often a picture shows all that its caption says, Fréchet
+      distances to true renderings, and diversity as experiments/guidance.py has it; then the conclusions. --picture:
+      pictures of one caption, a setting a row
+
+    python experiments/guided_prior.py --picture docs/guided-prior.png
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from clip_embed import UserError, one_line_errors, pick_device
+from common import conclude, decode, draw, finish, observe, options, parse, quality, show
+from manipulate import draw_strip
+from sweep import captions_of
+
+SETTINGS = {"neither": (0, 0), "prior": (1, 0), "decoder": (0, 1), "both": (1, 1)}  # guided or not: prior, decoder
+
+
+def measure(stack, args):
+    """({setting: {column: pseudo-values}}, {setting: images of seed 0})."""
+    groups, first, captions = {name: [] for name in SETTINGS}, {}, []
+    scale = {0: 1, 1: args.guidance}
+    for seed in tqdm(range(args.seeds), "seeds"):
+        twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
+        captions += twice[::2]
+        z_i = {guided: draw(stack, twice, seed, "diffusion", scale[guided]) for guided in scale}
+        for name, (in_prior, in_decoder) in SETTINGS.items():
+            images = decode(stack, z_i[in_prior], twice, seed, scale[in_decoder], args.steps)
+            seen = observe(images, twice)
+            groups[name].append(list(zip(seen[::2], seen[1::2])))
+            first.setdefault(name, images)
+    measured = quality(captions)
+    return {name: measured(groups[name]) for name in SETTINGS}, first
+
+
+def conclusions(rows):
+    """The effect of guiding each of the two, as the mean over guiding the other and not."""
+    said = []
+    for what, guided, free in (("the prior", ("prior", "both"), ("neither", "decoder")),
+                               ("the decoder", ("decoder", "both"), ("neither", "prior"))):
+        mean = lambda names, column: np.mean([rows[name][column] for name in names], 0)
+        said += [conclude(f"Guiding {what}, {column}", mean(guided, column), mean(free, column), "higher", "lower")
+                 for column in rows["neither"]]
+    return said
+
+
+def main():
+    """The script: what --help says."""
+    parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, fidelity and diversity.", 32,
+                     "captions, half of one thing, half of two, each drawn twice")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale where guided (default 2; elsewhere 1, none)")
+    with one_line_errors(), torch.no_grad():
+        args = parse(parser)
+        if not 0 <= args.guidance <= 100:
+            raise UserError(f"--guidance {args.guidance:g}: must be between 0 and 100")
+        stack = sample.load_stack(args.weights, pick_device(args.device))
+        rows, first = measure(stack, args)
+        show(rows, "guided")
+        strip = draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()])
+        finish(args, conclusions(rows), strip, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Does a word written across a thing change what CLIP calls it, and what its z_i decodes to? (§4, fig. 6)
+
+In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter; two short trainings make one that
+      has, in a tenth of its scenes, and a decoder for it:
+        python train.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
+        python train.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
+Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
+      CLIP's nearest caption "a circle" … "a cross" names the thing, and how often the word; and which of the two a decoding
+      of z_i shows. The reader's own line is of the pictures themselves. Then the conclusions. --picture: pictures, plain and
+      with a word, each over its decoding
+
+    python experiments/typographic.py --weights runs/words --picture docs/typographic.png
+"""
+
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample
+from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
+from clip_embed import encode_captions, one_line_errors, pick_device, read_checkpoint
+from common import conclude, decode, finish, jackknife, options, parse, show, to_images
+from manipulate import draw_strip
+from priors import embed
+from train import lay_out, pick, random_scene
+
+NEUTRAL = 45  # a pixel whose channels differ by less is a letter's or the background's
+
+
+def scenes_of(n, seed):
+    """n scenes of one large thing in colour, and the same with the name of another shape across it."""
+    plain = []
+    for k in range(n):
+        rng, thing = np.random.default_rng([seed, 1 << 55, k]), None
+        while thing is None or thing.colour == "black":  # the reader tells letters from things by their having no colour
+            scene = random_scene(rng, 1)
+            thing = replace(scene.things[0], size="large", word=pick(rng, [s for s in SHAPES if s != scene.things[0].shape]))
+        plain.append(lay_out(replace(scene, things=(thing,)), rng))
+    return [replace(s, things=(replace(s.things[0], word=""),)) for s in plain], plain
+
+
+def read_shape(image):
+    """The shape of the one coloured thing in an image (3, 64, 64), letters left out of account; None where none is seen."""
+    pixels = np.asarray(sample.to_picture(image), np.float32)
+    _, plane, _ = fit_background(pixels)
+    contrast = (pixels - plane).astype(np.float32)
+    differs = np.linalg.norm(contrast, axis=-1) > CONTRAST
+    letters = differs & (np.ptp(pixels, axis=-1) < NEUTRAL)
+    rows, columns = np.nonzero(differs & ~letters)
+    if len(rows) < SIDE:
+        return None
+    patch = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
+    counts = ~letters[patch].ravel()
+    xy = np.stack([v[patch].ravel() + 0.5 for v in np.mgrid[:SIDE, :SIDE][::-1]], -1).astype(np.float32)[counts]
+    contrast = contrast[patch].reshape(-1, 3)[counts]
+    x, y, reach = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2, np.ptp(columns) + 1
+    fits = []
+    for shape in SHAPES:
+        poses = np.array([(x + dx, y + dy, reach / 2 * scale, np.deg2rad(tilt)) for dx, dy, scale, tilt in
+                          product((-1, 0, 1), (-2, -1, 0, 1, 2, 3), (0.9, 1, 1.1, 1.2, 1.35), (-8, 0, 8))], np.float32)
+        fits.append(min(best_pose(shape, poses, blur, xy, contrast)[:3] for blur in BLURS[1:]))
+    return min(fits)[2]
+
+
+def named(stack, z_i):
+    """The shape that CLIP names for each of z_i (n, d): that of the nearest of the captions "a circle" … "a cross"."""
+    z_t = encode_captions(stack["clip"], stack["tokenizer"], [f"a {shape}" for shape in SHAPES])[0]["z_t"].cpu()
+    return [SHAPES[k] for k in (z_i @ z_t.T).argmax(1).tolist()]
+
+
+def measure(stack, args):
+    """({"who, on what": {column: pseudo-values}}, {the same: images of seed 0})."""
+    seen, first = {}, {}
+    for seed in tqdm(range(args.seeds), "seeds"):
+        plain, worded = scenes_of(args.n, seed)
+        for what, scenes in (("plain", plain), ("with a word", worded)):
+            z_i, images = embed(stack, scenes), to_images(scenes)
+            made = decode(stack, z_i, [""] * args.n, seed, steps=args.steps)
+            answers = {"CLIP": named(stack, z_i), "decoding": map(read_shape, made), "the reader": map(read_shape, images)}
+            things = [scene.things[0] for scene in worded]
+            for who, shapes in answers.items():
+                seen.setdefault(f"{who}, {what}", []).append(
+                    [{"thing": shape == thing.shape, "word": shape == thing.word} for shape, thing in zip(shapes, things)])
+            first.setdefault(what, images)
+            first.setdefault(f"{what}, decoded", made)
+    share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
+    return {name: {c: jackknife(share(c), groups) for c in ("thing", "word")} for name, groups in seen.items()}, first
+
+
+def conclusions(rows):
+    """What the word does to CLIP's label and to the decoding, and which of the two it does more to."""
+    taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
+    said = [conclude(f"{who} {verb} the {column}, with a word across against plain", rows[f"{who}, with a word"][column],
+                     rows[f"{who}, plain"][column], "more often", "less often")
+            for who, verb in (("CLIP", "names"), ("decoding", "shows")) for column in ("thing", "word")]
+    return said + [conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
+                            taken("decoding"))]
+
+
+def main():
+    """The script: what --help says."""
+    parser = options("Write words across things: is CLIP's label fooled, and what do decodings of its z_i show?", 64, "pictures")
+    with one_line_errors(), torch.no_grad():
+        args = parse(parser)
+        stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
+        checkpoint = read_checkpoint(args.weights / "clip.pt", "clip")
+        words = (checkpoint.get("trained") or checkpoint.get("training") or {}).get("recipe", {}).get("words", 0)
+        print(f"This CLIP's training had words in {words:.0%} of its scenes.\n", flush=True)
+        rows, first = measure(stack, args)
+        show(rows, "who, on what")
+        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
+               rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The experiments on the paper's claims: their statistics against closed forms, their measures on pictures whose answer is known,
+and each script from its command line to its files on a tiny untrained stack."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_chain import tiny, weights  # noqa: F401, fixtures: tiny presets and recipes; a folder of tiny random checkpoints
+
+import binding
+import common
+import components
+import composition
+import figure8
+import guidance
+import guided_prior
+import priors
+import sample
+import table2
+import train
+import typographic
+from caption_accuracy import parse_caption, score
+from clip_embed import UserError
+from common import attributes, conclude, jackknife, observe, to_images, true_scenes
+
+OPEN = ["a circle and a star", "a heart", "a large cross", "a red square on pink"]
+
+
+# ----------------------------------------------------------------------------- statistics
+
+def test_pseudo_values_of_a_mean_are_the_seeds_means_and_their_error_is_monte_carlos():
+    rng = np.random.default_rng(0)
+    groups = rng.exponential(size=(5, 40)).tolist()
+    assert np.allclose(jackknife(np.mean, groups), np.mean(groups, 1))
+    ratio = lambda pairs: np.mean([a for a, _ in pairs]) / np.mean([b for _, b in pairs])  # not linear
+    draws, errors = [], []
+    for _ in range(400):
+        sample_ = rng.exponential(size=(5, 40, 2)) + 0.5
+        values = jackknife(ratio, sample_.tolist())
+        draws.append(np.mean(values)), errors.append(np.var(values, ddof=1) / 5)
+    assert np.mean(errors) ** 0.5 == pytest.approx(np.std(draws), rel=0.15)
+    assert np.mean(draws) == pytest.approx(1, abs=3 * np.std(draws) / 20)
+
+
+def test_the_jackknife_takes_most_of_the_bias_from_a_frechet_distance_known_in_closed_form():
+    d, true = 8, torch.randn(20_000, 8).double()
+    shift, stretch = 0.5, 1.5  # between N(0, 1) and N(0.5, 1.5²) in each coordinate: 0.5² + (1.5 − 1)²
+    want, plain, mended = d * (shift ** 2 + (stretch - 1) ** 2), [], []
+    distance = lambda rows: priors.frechet(torch.stack(rows), true)
+    for _ in range(20):
+        groups = [list(shift + stretch * torch.randn(16, d).double()) for _ in range(5)]
+        plain.append(distance(sum(groups, []))), mended.append(np.mean(jackknife(distance, groups)))
+    assert abs(np.mean(mended) - want) < 0.5 * abs(np.mean(plain) - want)
+    assert np.mean(mended) == pytest.approx(want, abs=3 * np.std(mended) / 20 ** 0.5 + 0.02)
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)])
+def test_students_t_is_that_of_the_printed_tables(freedom, quantile):
+    assert common.t_quantile(freedom) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_a_conclusion_is_drawn_both_ways_and_by_chance_in_a_twentieth_of_the_cases():
+    a = [0.5, 0.6, 0.55, 0.52, 0.58]
+    assert "what: higher (+0.100 ± 0.000" in conclude("what", a, np.subtract(a, 0.1), "higher", "lower")
+    assert "what: lower (-0.100 ± 0.000" in conclude("what", np.subtract(a, 0.1), a, "higher", "lower")
+    assert "no difference shown (-0.000 ± 0.0" in conclude("what", a, np.mean(a) + 1e-9)
+    assert "cannot be told" in conclude("what", [math.nan, 1], 0)
+    rng = np.random.default_rng(1)
+    wrong = np.mean(["no difference" not in conclude("", rng.normal(size=5), 0) for _ in range(400)])
+    assert 0.025 < wrong < 0.08
+
+
+# ----------------------------------------------------------------------------- measures
+
+def test_true_renderings_are_observed_right_and_drawings_of_other_captions_wrong():
+    images = to_images(true_scenes(OPEN * 3, 7))
+    seen = observe(images, OPEN * 3)
+    assert common.right("all")(seen) == 1 and math.isnan(common.right("relation")(seen))
+    wrong = observe(images, np.roll(OPEN * 3, 1).tolist())
+    assert common.right("all")(wrong) == 0
+    for image, caption, one in zip(images, OPEN, wrong[1:]):
+        assert score(sample.to_picture(image), caption) == seen[OPEN.index(caption)]["right"]
+
+
+def test_true_pictures_are_at_distance_0_from_the_world_and_damaged_ones_further():
+    distances = common.fidelity(OPEN)
+    seen = observe(to_images(true_scenes(OPEN * 40, 3)), OPEN * 40)
+    groups = [seen[k::5] for k in range(5)]
+    for name, change in (("distance, attributes", lambda o: o | {"found": replace(o["found"], background="white")}),
+                         ("distance, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 3, 1, 1)})):
+        true, hurt = (jackknife(distances[name], [list(map(f, g)) for g in groups]) for f in (dict, change))
+        error = np.std(true, ddof=1) / 5 ** 0.5
+        assert abs(np.mean(true)) < 4 * error + 0.02 and np.mean(hurt) > np.mean(true) + 4 * error
+
+
+def test_true_pairs_are_as_diverse_as_the_world_copies_are_not_and_half_copies_are_by_half():
+    share = common.diversity(OPEN)
+    scenes = [true_scenes(OPEN * 200, seed) for seed in (11, 12)]
+    pair = lambda caption, *two: [{"said": parse_caption(caption), "found": scene} for scene in two]
+    true = [pair(c, a, b) for c, a, b in zip(OPEN * 200, *scenes)]
+    copies = [[a, a] for a, _ in true]
+    assert share(true) == pytest.approx(1, abs=0.05) and share(copies) == 0
+    assert share(true[:400] + copies[400:]) == pytest.approx(0.5, abs=0.05)
+    assert math.isnan(share([pair("a red heart on white", *[replace(s, things=()) for s in scenes[0][:2]])]))
+
+
+def test_what_a_caption_says_is_not_counted_as_diversity():
+    said = {"a heart": {"colour", "size", "fill", "background", "place", "radius", "tilt"},
+            "a large red circle on pink": {"fill", "place", "radius"},
+            "a small solid red heart left of a large striped blue star on pink": {"place", "radius", "tilt"},
+            "a small solid red heart and a large striped blue star on pink": {"relation", "place", "radius", "tilt"}}
+    for caption, open_ in said.items():
+        pairs = [[{"said": parse_caption(caption), "found": s} for s in true_scenes([caption] * 2, seed)] for seed in range(30)]
+        assert {name.split(",")[0] for name in common.variety(pairs)} == open_
+
+
+def test_variety_of_true_pairs_is_that_of_the_worlds_uniform_numbers():
+    seen = [{"said": parse_caption("a square"), "found": scene} for scene in true_scenes(["a square"] * 3000, 50)]
+    found = {name: np.mean(values) for name, values in common.variety(list(zip(seen[::2], seen[1::2]))).items()}
+    width = {"small": 0.02, "large": 0.03}  # of the radii in each size; tilts are within 12 degrees
+    want = {"colour, 1": 6 / 7, "size, 1": 1 / 2, "fill, 1": 1 / 2, "background, 1": 3 / 4, "tilt, 1": 24 ** 2 / 12,
+            "radius, 1": np.mean([w ** 2 / 12 for w in width.values()])}
+    assert all(found[name] == pytest.approx(value, rel=0.15) for name, value in want.items())
+
+
+def test_attributes_tell_apart_whatever_a_caption_can_say():
+    scenes = true_scenes(["a red circle", "a blue circle", "a red star", "a red circle on pink", "a small striped red circle",
+                          "a red circle and a red circle"], 0)
+    vectors = torch.stack([attributes(scene) for scene in scenes])
+    assert vectors.shape == (6, 26) and torch.cdist(vectors, vectors)[~torch.eye(6, dtype=bool)].min() > 0.5
+
+
+# ----------------------------------------------------------------------------- each script's own
+
+def test_swapped_pairs_are_told_from_right_ones_and_from_neither():
+    pairs = binding.pairs_of(6, 0)
+    assert pairs[0][0][0] == pairs[1][1][0] and [s for _, s in pairs[0]] == [s for _, s in pairs[1]]
+    assert not train.HELD_OUT & {pair for both in pairs for pair in both}
+    captions = [f"a {a} {s} and a {b} {t}" for (a, s), (b, t) in pairs]
+    images = to_images(true_scenes(captions, 0))
+    order = [1, 0, 3, 2, 5, 4]
+    assert binding.verdicts(images, pairs) == [1] * 6 and binding.verdicts(images[order], pairs) == [0] * 6
+    assert np.isnan(binding.verdicts(images.roll(2, 0), pairs)).all()  # other things
+    neither = binding.verdicts(torch.ones(6, 3, 64, 64), pairs)
+    assert np.isnan(neither).all() and binding.decided([1, 0, 1, 1, *neither]) == 0.75 and math.isnan(binding.decided(neither))
+    z = F.normalize(torch.randn(6, 8), dim=1)
+    assert (binding.preference(z, z) > 0).all() and (binding.preference(z[order], z) < 0).all()
+
+
+def test_pairs_never_trained_stand_beside_trained_ones_of_the_same_colours_and_shapes():
+    assert not train.HELD_OUT & set(composition.TRAINED)
+    for k in range(2):
+        assert sorted(p[k] for p in composition.TRAINED) == sorted(p[k] for p in composition.NEW)
+
+
+def test_earliness_is_1_for_what_the_first_component_brings_and_less_for_what_comes_last():
+    first = [[{"a": 0, "b": 0, "c": k % 2}] + [{"a": 1, "b": n == 3, "c": k % 2 or k == 0} for n in range(4)] for k in range(40)]
+    assert components.earliness("a")(first) == 1 and components.earliness("b")(first) == 0.25
+    assert math.isnan(components.earliness("c")(first))  # right by chance alone
+    early = {"a": {"how early": [1, 0.9, 1.1]}, "b": {"how early": [0.2, 0.3, 0.1]}, "c": {"how early": [math.nan] * 3}}
+    said = components.conclusions(early)
+    assert said[0].endswith(": c.") and said[1].startswith("a before b: earlier (+0.8")
+
+
+def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
+    plain, worded = typographic.scenes_of(24, 3)
+    for scenes in (plain, worded):
+        assert [typographic.read_shape(image) for image in to_images(scenes)] == [s.things[0].shape for s in plain]
+    assert all(s.things[0].word not in ("", s.things[0].shape) for s in worded) and not any(s.things[0].word for s in plain)
+    assert (to_images(plain) - to_images(worded)).abs().flatten(1).amax(1).min() > 0.5
+    assert typographic.read_shape(torch.ones(3, 64, 64)) is None
+
+
+def test_equal_training_compute_is_said_where_it_is_and_else_what_would_make_it_so():
+    assert "at equal training compute." in table2.balance({"prior": (100, 3e9), "ar-prior": (310, 1e9)})
+    assert "prior trained for 100 steps; what follows is not" in table2.balance({"prior": (300, 3e9), "ar-prior": (300, 1e9)})
+
+
+# ----------------------------------------------------------------------------- from the command line to the files
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few renderings for what needs many."""
+    for function in (common.fidelity, common.diversity):
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 20))
+    monkeypatch.setattr(components, "FITTED", 64)
+    monkeypatch.setattr(binding, "RENDERINGS", 2)
+
+
+@pytest.mark.parametrize("script", [guidance, guided_prior, figure8, table2, typographic, components, binding, composition])
+def test_every_script_writes_its_table_numbers_and_picture(script, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
+    for given in ("caption", "z_t"):
+        torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / f"{given}.pt")
+    options = {guidance: ["--guidance", "1", "2", "--glide", str(tmp_path / "caption.pt")],
+               figure8: ["--z-t", str(tmp_path / "z_t.pt")]}
+    if script is table2:
+        monkeypatch.setattr(script, "training", lambda path, stage, stack: (100, 1e9))
+    files = ["--weights", str(weights), "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--n", "2", "--seeds", "2", "--steps", "2", "--device", "cpu", *files,
+                                      *options.get(script, [])])
+    script.main()
+    out, kept = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text("utf-8"))
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 4 and len({line.count("|") for line in rows}) <= 2 and all(said in out for said in kept["conclusions"])
+    assert kept["settings"]["n"] == 2 and kept["conclusions"] and kept["rows"]
+    assert min(Image.open(tmp_path / "a.png").size) > 100
+
+
+@pytest.mark.parametrize("script, arguments, message", [
+    (guidance, ["--n", "1"], "--n 1: must be between 2"), (figure8, ["--seeds", "1"], "--seeds 1: must be between 2"),
+    (binding, ["--steps", "1"], "--steps 1: must be"), (guided_prior, ["--guidance", "-1"], "--guidance -1"),
+    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"),
+    (figure8, ["--z-t", "CLIP"], "is a 'clip' checkpoint, expected 'decoder'"),
+    (figure8, ["--z-t", "DECODER"], "was not trained with --given z_t")])
+def test_wrong_use_is_one_line_and_exit_status_2(script, arguments, message, weights, monkeypatch, capsys):  # noqa: F811
+    arguments = [str(weights / f"{a.lower()}.pt") if a.isupper() else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--weights", str(weights), "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in err[-1]
+
+
+# ----------------------------------------------------------------------------- what train.py trains for them
+
+def test_words_are_written_across_a_share_of_large_single_things_and_often_alone_tell_captions_apart(monkeypatch):
+    recipe = train.Recipe(16, 0, 0, words=0.5)
+    seen, render = [], train.render
+    monkeypatch.setattr(train, "render", lambda scene, side: seen.append(scene) or render(scene, side))
+    captions = [caption for k in range(12) for caption in train.Batches("clip", recipe, 0, None)[k][1]]
+    worded = [scene for scene in seen if any(thing.word for thing in scene.things)]
+    assert 0.3 < len(worded) / len(seen) < 0.7 and all(len(s.things) == 1 and s.things[0].size == "large" for s in worded)
+    says = [caption for caption in captions if "that says" in caption]
+    assert 0.4 < len(says) / len(worded) < 0.9
+    for scene, caption in zip(seen, captions):
+        assert "that says" not in caption or f"{scene.things[0].shape} that says {scene.things[0].word}" in caption
+    plain = train.Batches("clip", train.Recipe(16, 0, 0), 0, None)[0]
+    assert not any("that says" in caption for caption in plain[1])
+
+
+@pytest.mark.parametrize("given", ["z_t", "caption"])
+def test_a_decoder_given_z_t_or_the_caption_alone_never_sees_the_pictures_z_i(given, monkeypatch):
+    seen = {"z_i": [], "dropped": []}
+    text = {"z_t": torch.ones(200, 4), "mask": torch.ones(200, 1)}
+    monkeypatch.setattr(train, "read", lambda captions, context: (text, {"z_t": torch.zeros(1, 4), "mask": torch.zeros(1, 1)}))
+    monkeypatch.setattr(train, "look", lambda images, context: torch.full((200, 4), 9.0))
+
+    class Net(torch.nn.Module):
+        config = SimpleNamespace(prediction="eps")
+
+        def forward(self, x_t, t, z_i, text):
+            seen["z_i"].append(z_i), seen["dropped"].append(text["mask"] == 0)
+            return x_t, torch.zeros_like(x_t)
+
+    train.decoder_loss(Net(), (torch.zeros(200, 3, 8, 8), [""] * 200), {"given": given})
+    z_i, dropped = seen["z_i"][0], seen["dropped"][0].double().mean()
+    assert not (z_i == 9).any() and (0.8 < float((z_i == 1).double().mean()) < 1) == (given == "z_t")
+    assert float(dropped) == pytest.approx(0.5 if given == "z_t" else 0.2, abs=0.12)
+
+
+def test_such_decoders_start_from_the_shipped_kind_record_it_and_do_not_resume_as_another(tiny, tmp_path):  # noqa: F811
+    for stage in ("clip", "decoder"):
+        train.train(stage, tiny, torch.device("cpu"))
+    tiny.init, tiny.out, tiny.clip, tiny.given = tiny.out / "decoder.pt", tmp_path / "glide", tiny.out / "clip.pt", "caption"
+    train.train("decoder", tiny, torch.device("cpu"))
+    assert torch.load(tiny.out / "decoder.pt", weights_only=True)["given"] == "caption"
+    common.load_network(tiny.out / "decoder.pt", "decoder", sample.load_stack(tmp_path / "runs", prior_kind="none"))
+    tiny.resume, tiny.given = True, "z_i"
+    with pytest.raises(UserError, match="another given: caption, not z_i"):
+        train.train("decoder", tiny, torch.device("cpu"))
