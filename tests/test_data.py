@@ -402,10 +402,10 @@ def test_the_scripts_themselves_train_on_a_folder_and_sample(drawn, tmp_path):
     write_texts(tmp_path / "photos", {f"{k}.png": (png(256, k), [f"shade {k}"]) for k in range(6)} | dict(list(drawn.items())[1:4]))
     script = lambda *arguments: subprocess.run([sys.executable, *map(str, arguments), "--device", "cpu"], capture_output=True, text=True,
                                                check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for stage in ("clip", "decoder", "upsample-256"):
+    for stage in ("clip", "decoder"):
         script("train.py", stage, "--data", tmp_path / "photos", "--out", tmp_path / "runs", "--steps", 2, "--batch-size", 4)
     made = script("sample.py", CAPTIONS[3], "--weights", tmp_path / "runs", "--out", tmp_path / "made", "--prior", "text", "--decoder-steps", 4)
-    assert Image.open(made.stdout.strip()).size == (256, 256)
+    assert Image.open(made.stdout.strip()).size == (64, 64)
 
 
 LISTING = """
@@ -419,23 +419,20 @@ print(sum(len(row[3]) for row in rows), len(wrong), time.process_time() - began,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "tar"])
 def test_a_hundred_thousand_captions_are_listed_in_5_seconds_and_300_megabytes(layout, tmp_path):
     folder, n = tmp_path / "photos", 100_000
-    write = LAYOUTS[layout]
-    if layout in ("tar", "gnu"):
-        write(folder, {f"{k:06}.png": (bytes(600), [f"picture number {k} of a very long row of pictures"]) for k in range(n)})
+    name, caption = "{:06}.png".format, "picture number {} of a very long row of pictures".format
+    if layout == "tar":
+        write_tar(folder, {name(k): (bytes(600), [caption(k)]) for k in range(n)})
     else:
         folder.mkdir()
         for k in range(n):
-            os.link(folder / f"{k - k % 5000:06}.png", folder / f"{k:06}.png") if k % 5000 else (folder / f"{k:06}.png").write_bytes(png())
-        if layout == "txt":
-            for k in range(n):
-                (folder / f"{k:06}.txt").write_text(f"picture number {k} of a very long row of pictures")
-        elif layout == "jsonl":
-            (folder / "metadata.jsonl").write_text("".join(f'{{"file_name": "{k:06}.png", "text": "picture number {k} of a row"}}\n' for k in range(n)))
-        else:
-            (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{k:06}.png,picture number {k} of a row\n" for k in range(n)))
+            os.link(folder / name(k - k % 5000), folder / name(k)) if k % 5000 else (folder / name(k)).write_bytes(png())
+            if layout == "txt":
+                (folder / f"{k:06}.txt").write_text(caption(k))
+        if layout == "jsonl":
+            (folder / "metadata.jsonl").write_text("".join(f'{{"file_name": "{name(k)}", "text": "{caption(k)}"}}\n' for k in range(n)))
     out = subprocess.run([sys.executable, "-c", LISTING, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     print(layout, out)
     assert out[:2] == ["100000", "0"] and float(out[2]) < 5 and int(out[3]) < 300_000
