@@ -75,10 +75,9 @@ WRONG = {
              "text.items()}")])],
     10: [("decoder_loss", "forgets the T of the bound", "multiplied by T", [("0.001 * T * vlb_term", "0.001 * vlb_term")]),
          ("decoder_loss", "lets the bound train ε", "goes into it detached", [("eps.detach()", "eps")]),
-         ("decoder_loss", "tosses one coin for both", "independently", [("torch.rand(2, B)", "torch.rand(1, B).expand(2, B)")]),
+         ("decoder_loss", "tosses one coin for both", "independently", [("torch.rand(B, 2)", "torch.rand(B, 1).expand(B, 2)")]),
          ("decoder_loss", "swaps the two shares", "10% of the time and the caption 50%", [
-             ("drop[0, :, None] < drop_z_i", "drop[0, :, None] < "
-              "drop_caption"), ("drop[1] < drop_caption", "drop[1] < drop_z_i")]),
+             ("drop[:, :1] < drop_z_i", "drop[:, :1] < drop_caption"), ("drop[:, 1] < drop_caption", "drop[:, 1] < drop_z_i")]),
          ("decoder_loss", "draws one timestep for all", "drawn evenly", [("torch.randint(T, (B,))", "torch.randint(T, "
              "(1,)).expand(B).clone()")])],
     11: [("ddim_step", "returns the variance", "that is the variance", [
