@@ -628,10 +628,10 @@ class Recipe:
 
 
 RECIPES = {
-    "shapes": {"clip": Recipe(64, 12000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
-               "prior": Recipe(256, 1400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
-               "ar-prior": Recipe(64, 2500, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
-               "decoder": Recipe(16, 15300, 8e-4, ema_decay=0.999),
+    "shapes": {"clip": Recipe(64, 7000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
+               "prior": Recipe(128, 2400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
+               "ar-prior": Recipe(64, 2000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
+               "decoder": Recipe(16, 20500, 8e-4, ema_decay=0.999),
                "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
                "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),  # whole: each row meets all others
