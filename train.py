@@ -182,7 +182,7 @@ def near_misses(scene, said, rng, n=3):
 
     What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
     "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
-    tell those captions apart. Else one attribute changes, half of the time the shape.
+    tell those captions apart. Else one attribute changes.
     """
     things, group = scene.things, [scene]
     swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= said)]
@@ -190,8 +190,7 @@ def near_misses(scene, said, rng, n=3):
         a = pick(rng, ["attribute"] + ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
         k = rng.integers(len(things))
         if a == "attribute":
-            easy = sorted(s[1] for s in said if s[0] == k) + ["background"] * ("background" in said)
-            a = pick(rng, easy) if easy and rng.random() < 0.5 else "shape"
+            a = pick(rng, ["shape", *sorted(s[1] for s in said if s[0] == k), *["background"] * ("background" in said)])
         if a == "swap":
             a = pick(rng, swaps)
             other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
