@@ -200,8 +200,8 @@ class CLIPConfig:
 
 PRESETS = {
     "shapes": CLIPConfig(stem=True),
-    "laptop": CLIPConfig(embed_dim=512, image_size=224, vision_patch_size=32, vision_width=768, vision_layers=12,
-                         vision_heads=12, vocab_size=49408, text_width=512, text_layers=12, text_heads=8),  # ViT-B/32
+    "laptop": CLIPConfig(embed_dim=512, image_size=128, vision_patch_size=16, vision_width=384, vision_layers=8, vision_heads=6,
+                         vocab_size=49408, text_width=512, text_layers=6, text_heads=8, stem=True),
     "paper": CLIPConfig(embed_dim=1024, image_size=256, vision_patch_size=16, vision_width=1280, vision_layers=32,
                         vision_heads=16, vocab_size=49408, text_width=1024, text_layers=24, text_heads=16),  # ViT-H/16
 }

@@ -1,4 +1,4 @@
-"""Where does the chain mix up which colour is which shape's? (§7, figs. 14, 15)
+"""Where does the chain mix up which colour is which shape's? (§7, fig. 14, fig. 15)
 
 In:   a folder of checkpoints
 Out:  on stdout, a table over pairs of captions with their colours swapped, "a red circle and a blue square" beside "a blue

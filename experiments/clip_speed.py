@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip_embed
 
-MODELS = {"ViT-B/32": clip_embed.PRESETS["laptop"],
+MODELS = {"ViT-B/32": clip_embed.CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408, 512, 12, 8),
           "ViT-L/14": clip_embed.CLIPConfig(embed_dim=768, image_size=224, vision_patch_size=14, vision_width=1024, vision_layers=24,
                                             vision_heads=16, vocab_size=49408, text_width=768, text_layers=12, text_heads=12)}
 

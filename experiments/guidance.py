@@ -1,4 +1,4 @@
-"""Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.3; figs. 9 to 11; table 1)
+"""Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.3; figs. 9–11; table 1)
 
 In:   a folder of checkpoints; --glide, a decoder trained with the caption alone (python train.py decoder --given caption).
       Without it the caption alone is given to unCLIP's own decoder, which saw that in 5% of its training
