@@ -506,8 +506,9 @@ class Batches(Dataset):
 
     Row n is drawn from (seed, k, n) alone: the same in any process, any worker, any order. clip, decoder: images
     (b, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no caption comes twice (a
-    duplicate would be a false negative), and a share recipe.words of the scenes has words written across. priors: numbers of scenes in the fixed set whose z_i are computed beforehand
-    (z_i: their pictures, in order), and captions. upsamplers: (high, low) crops, four of a scene.
+    duplicate would be a false negative); a share recipe.words of the scenes has words written across. priors: numbers of scenes
+    in the fixed set whose z_i are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low)
+    crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
@@ -1158,7 +1159,7 @@ def embed(data, context, folder, workers):
         put("ends", torch.tensor([0, *lengths]).cumsum(0))
         pictures = DataLoader(range(len(data.names)), 64, collate_fn=partial(data.tensors, side=c.image_size), num_workers=workers)
         for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
-            put("z_i", look(to_device([images], context["device"])[0], context))
+            put("z_i", look(*to_device([images], context["device"]), context))
         for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
             text, _ = read(captions[first:first + 256], context)
             put("tokens", text["tokens"][text["mask"]]), put("states", text["states"][text["mask"]]), put("z_t", text["z_t"])
@@ -1179,7 +1180,7 @@ def prepare_prior(args, device):
     if not cache.exists():
         loader = DataLoader(Batches("z_i", Recipe(256, 0, 0), args.seed, None), batch_size=None,
                             sampler=range(-(-FIXED_SCENES // 256)), num_workers=args.workers)
-        save_atomically(torch.cat([look(images.to(device).float() / 127.5 - 1, context).cpu()
+        save_atomically(torch.cat([look(*to_device([images], device), context).cpu()
                                    for images in tqdm(loader, desc="z_i of the priors' scenes", unit="batch")]), cache)
     return context | {"z_i": torch.load(cache, weights_only=True).to(device), "config": config}, extra
 

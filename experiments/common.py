@@ -24,7 +24,7 @@ import prior
 import sample
 from caption_accuracy import judge, parse_caption, read_scene, relation_of, scene_of
 from clip_embed import UserError, check_clip, fingerprint, load_model, read_checkpoint
-from manipulate import in_batches
+from manipulate import draw_strip, in_batches
 from manipulations import to_images
 from priors import cell, frechet
 from train import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES
@@ -313,6 +313,11 @@ def chart(panels):
                 pen.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
             pen.text((n * width + left + 8 + 120 * (row % 3), height - 32 + 14 * (row // 3)), name, colour)
     return picture
+
+
+def first_pictures(images):
+    """Up to eight pictures of each row of {name: images (n, 3, H, H)}, named, the rows one under the other."""
+    return draw_strip([[(name, image) for image in some[:8]] for name, some in images.items()])
 
 
 def under(*pictures):

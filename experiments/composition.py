@@ -22,9 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import encode_captions, one_line_errors, pick_device
-from common import (conclude, decode, draw, finish, jackknife, load_network, observe, options, parse, right, show, to_images,
-                    true_scenes)
-from manipulate import draw_strip
+from common import (conclude, decode, draw, finish, first_pictures, jackknife, load_network, observe, options, parse, right,
+                    show, to_images, true_scenes)
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES
 
@@ -86,8 +85,7 @@ def main():
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
         rows, first = measure(stack, args)
         show(rows, "link, pairs")
-        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
-               rows=rows)
+        finish(args, conclusions(rows), first_pictures(first), rows=rows)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import one_line_errors, pick_device
-from common import (conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show,
-                    true_scenes)
-from manipulate import draw_strip
+from common import (conclude, decode, draw, fidelity, finish, first_pictures, jackknife, load_network, observe, options,
+                    parse, right, show, true_scenes)
 from priors import embed
 from sweep import captions_of
 
@@ -67,8 +66,7 @@ def main():
         rows, first = measure(stack, args, on_z_t)
         show(rows, "z_i")
         print("In the picture:", *captions_of(args.n, 0)[:8], sep="\n", end="\n\n")
-        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
-               rows=rows)
+        finish(args, conclusions(rows), first_pictures(first), rows=rows)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import conclude, decode, draw, finish, observe, options, parse, quality, show
-from manipulate import draw_strip
+from common import conclude, decode, draw, finish, first_pictures, observe, options, parse, quality, show
 from sweep import captions_of
 
 SETTINGS = {"neither": (0, 0), "prior": (1, 0), "decoder": (0, 1), "both": (1, 1)}  # guided or not: prior, decoder
@@ -65,7 +64,7 @@ def main():
         stack = sample.load_stack(args.weights, pick_device(args.device))
         rows, first = measure(stack, args)
         show(rows, "guided")
-        strip = draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()])
+        strip = first_pictures(first)
         finish(args, conclusions(rows), strip, rows=rows)
 
 

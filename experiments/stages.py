@@ -20,25 +20,15 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import decoder
-import prior
 import sample
 import upsample
 from caption_accuracy import rates, score
-from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
-from train import describe, random_scene, render, to_tensor, what_to_say
+from clip_embed import UserError, one_line_errors, pick_device
+from common import decode, draw, to_images
+from priors import embed
+from train import describe, random_scene, what_to_say
 
 COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound", "all")
-
-
-def drawn(stack, z_i, captions, seed, name):
-    """The decoder's pictures (n, 3, 64, 64) of z_i (n, d) and captions, with the noise that sample.py would use."""
-    images, (text, null) = [], encode_captions(stack["clip"], stack["tokenizer"], captions)
-    for first in tqdm(range(0, len(captions), sample.BATCH[64]), name):
-        some = slice(first, first + sample.BATCH[64])
-        noise = sample.generators("decoder", seed, range(*some.indices(len(captions))))
-        images.append(decoder.sample(stack["decoder"], z_i[some], {k: v[some] for k, v in text.items()}, null, noise).cpu())
-    return torch.cat(images)
 
 
 def enlarged(stack, images, seed, size, device):
@@ -71,24 +61,20 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors(), torch.no_grad():
-        if not 1 <= args.n <= 100_000 or not 0 <= args.large <= args.n or not 0 <= args.seed < 1 << 48:
-            raise UserError("--n must be between 1 and 100000, --large between 0 and --n, --seed at least 0")
+        if not 1 <= args.n <= 100_000 or not 0 <= args.large <= args.n or not 0 <= args.seed < 1 << 30:
+            raise UserError("--n must be between 1 and 100000, --large between 0 and --n, --seed between 0 and 2^30")
         device = pick_device(args.device)
         stack = sample.load_stack(args.weights, device, 1024 if args.large else 64)
         rngs = [np.random.default_rng([args.seed, 1 << 21, k]) for k in range(args.n)]
         scenes = [random_scene(rng, args.things) for rng in rngs]
         captions = [describe(scene, what_to_say(scene, rng), rng) for scene, rng in zip(scenes, rngs)]
-        true = torch.stack([to_tensor(render(scene, 64)) for scene in scenes]).float() / 127.5 - 1
-        side = stack["clip"].config.image_size
-        z_true = torch.cat([stack["clip"].encode_image(preprocess_tensor(some.to(device), side)) for some in true.split(64)])
-        z_prior = prior.sample(stack["prior"], *encode_captions(stack["clip"], stack["tokenizer"], captions),
-                               sample.generators("prior", args.seed, range(args.n)), bar=True)
-        empty = [""] * args.n
+        true, empty = to_images(scenes), [""] * args.n
+        z_true, z_prior = embed(stack, scenes), draw(stack, captions, args.seed, "diffusion")
         rows = {"the true picture": true}
-        for name, z_i, words in (("true z_i, caption", z_true, captions), ("true z_i alone", z_true, empty),
-                                 ("prior's z_i, caption", z_prior, captions), ("prior's z_i alone", z_prior, empty),
-                                 ("caption alone", torch.zeros_like(z_true), captions)):
-            rows[name] = drawn(stack, z_i, words, args.seed, name)
+        for name, z_i, words in tqdm((("true z_i, caption", z_true, captions), ("true z_i alone", z_true, empty),
+                                      ("prior's z_i, caption", z_prior, captions), ("prior's z_i alone", z_prior, empty),
+                                      ("caption alone", torch.zeros_like(z_true), captions)), "decoder"):
+            rows[name] = decode(stack, z_i, words, args.seed)
         if args.large:
             for name, small in (("the true 64s", true), ("the prior's 64s", rows["prior's z_i, caption"])):
                 small = small[:args.large]

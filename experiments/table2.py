@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, read_checkpoint
-from common import (conclude, decode, draw, fidelity, finish, jackknife, load_network, observe, options, parse, right, show,
-                    true_scenes)
-from manipulate import draw_strip
+from common import (conclude, decode, draw, fidelity, finish, first_pictures, jackknife, load_network, observe, options,
+                    parse, right, show, true_scenes)
 from priors import embed, frechet
 from speed import operations
 from sweep import captions_of
@@ -125,7 +124,7 @@ def main():
               flush=True)
         rows, first = measure(stack, args, steps)
         show(rows, "prior")
-        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
+        finish(args, conclusions(rows), first_pictures(first),
                training=said, steps=steps, rows=rows)
 
 

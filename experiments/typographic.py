@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
 from clip_embed import encode_captions, one_line_errors, pick_device, read_checkpoint
-from common import conclude, decode, finish, jackknife, options, parse, show, to_images
-from manipulate import draw_strip
+from common import conclude, decode, finish, first_pictures, jackknife, options, parse, show, to_images
 from priors import embed
 from train import lay_out, pick, random_scene
 
@@ -114,8 +113,7 @@ def main():
         print(f"This CLIP's training had words in {words:.0%} of its scenes.\n", flush=True)
         rows, first = measure(stack, args)
         show(rows, "who, on what")
-        finish(args, conclusions(rows), draw_strip([[(name, image) for image in images[:8]] for name, images in first.items()]),
-               rows=rows)
+        finish(args, conclusions(rows), first_pictures(first), rows=rows)
 
 
 if __name__ == "__main__":
