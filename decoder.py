@@ -64,7 +64,7 @@ class DecoderConfig:
 
 PRESETS = {
     "shapes": DecoderConfig(patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-                            dropout=0.0, prediction="velocity", embed_dim=128, clip_text_width=128, text_layers=0, text_width=128,
+                            dropout=0.0, prediction="velocity", embed_dim=128, clip_text_width=128, text_layers=2, text_width=128,
                             text_heads=2, text_context=77),
     "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
@@ -205,7 +205,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.text_context, config.text_width) * 0.01)
+        self.positional_embedding = nn.Parameter(torch.randn(config.text_context, config.text_width))  # as large as the tokens'
         layer = lambda: nn.TransformerEncoderLayer(config.text_width, config.text_heads, 4 * config.text_width, 0.0, "gelu",
                                                    batch_first=True, norm_first=True)
         self.layers = nn.ModuleList(layer() for _ in range(config.text_layers))
