@@ -262,11 +262,11 @@ class Transformer(nn.Module):
 def positions(side, width):
     """(side², width) sines and cosines of each patch's row and column: what the image tower's positions start from.
 
-    Ours. CLIP starts from noise a tenth as large as a patch's content; the small towers here then take thousands of
-    steps to tell left from right.
+    Ours. CLIP starts from noise a tenth as large as a patch's content; the small towers here then hardly learn what stands
+    left and what right. Twice as high as sines are, they are as loud as the content.
     """
     angle = torch.arange(side)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 4)
-    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    wave = 2 * torch.cat([angle.sin(), angle.cos()], 1)
     return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
 
 
@@ -356,15 +356,18 @@ class CLIP(nn.Module):
         return F.normalize(z.float(), dim=-1) if self.config.unit_norm else z.float()
 
 
-def contrastive_loss(z_i, z_t, logit_scale):
+def contrastive_loss(z_i, z_t, logit_scale, group=None):
     """Symmetric cross-entropy over rows and columns of the scaled cosines (§2; the CLIP paper, fig. 3).
 
     z_i, z_t (B, d) unit-norm, row k of one belonging to row k of the other; logit_scale is the log of the
-    inverse temperature, held at or under log 100 as in the CLIP paper.
+    inverse temperature, held at or under log 100 as in the CLIP paper. With `group` (ours) rows are compared only with those of
+    their own group, of so many after each other.
     """
     with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would round logits near 100 to halves: near misses drown
         logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T  # (B, B)
     target = torch.arange(len(z_i), device=z_i.device)
+    if group:
+        logits = logits.masked_fill(target[:, None] // group != target // group, -torch.inf)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

@@ -180,23 +180,24 @@ def meaning(scene, said):
 def near_misses(scene, said, rng, n=3):
     """n scenes that the same kind of caption tells from this one, and from one another, by one thing it says (§7, fig. 14).
 
-    What is hardest to learn comes oftenest. Where it can be, two things swap an attribute ("red circle, blue star" beside
-    "blue circle, red star"), or stand in another relation: only a CLIP that binds attributes and places to objects can
-    tell those captions apart. Else one attribute changes.
+    What is hardest to learn comes oftenest. Where it can be, two things swap an attribute, half of the time their colours
+    ("red circle, blue star" beside "blue circle, red star"), or change places: only a CLIP that binds attributes and places to
+    objects can tell those captions apart. Else one attribute changes.
     """
     things, group = scene.things, [scene]
     swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= said)]
     while len(group) <= n:
-        a = pick(rng, ["attribute"] + ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
+        a = pick(rng, ["attribute"] + 3 * ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
         k = rng.integers(len(things))
         if a == "attribute":
             a = pick(rng, ["shape", *sorted(s[1] for s in said if s[0] == k), *["background"] * ("background" in said)])
         if a == "swap":
-            a = pick(rng, swaps)
+            a = "colour" if "colour" in swaps and rng.random() < 0.5 else pick(rng, swaps)
             other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
-        elif a in ("relation", "background"):
-            values = RELATIONS if a == "relation" else BACKGROUNDS
-            other = replace(scene, **{a: pick(rng, [v for v in values if v != getattr(scene, a)])})
+        elif a == "relation":
+            other = replace(scene, relation=RELATIONS[scene.relation])
+        elif a == "background":
+            other = replace(scene, background=pick(rng, [v for v in BACKGROUNDS if v != scene.background]))
         else:
             new = replace(things[k], **{a: pick(rng, [v for v in VALUES[a] if v != getattr(things[k], a)])})
             other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
@@ -537,8 +538,10 @@ class Batches(Dataset):
             rng, words = draw(n), []
             while not words or clip and len({*words} - told) < 4:
                 worded = self.words and rng.random() < self.words
-                scene = random_scene(rng, 1 if worded else None)
+                scene = random_scene(rng, 1 if worded else 2 if clip and rng.random() < 0.5 else None)
                 said = what_to_say(scene, rng)
+                if clip and scene.relation and rng.random() < 0.7:  # more to bind
+                    said |= {(0, "colour"), (1, "colour"), "relation"}
                 group = [scene, *near_misses(scene, said, rng)] if clip else [scene]
                 group, said = write_words(group, said, rng) if worded else (group, said)
                 words = [describe(s, said, rng) for s in group]
@@ -625,10 +628,11 @@ class Recipe:
     at_once: int = 1 << 20  # rows that go through the network together: a larger batch's gradients are added up in pieces
     recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
     words: float = 0.0  # share of the scenes that have a word written across them (clip and decoder)
+    near: tuple = (0.0, 0.0)  # clip compares scenes with their near misses alone from this share of the steps to that one (ours)
 
 
 RECIPES = {
-    "shapes": {"clip": Recipe(64, 7000, 1e-3, 0.1, 0.98, 1e-6, 0.998),
+    "shapes": {"clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75)),
                "prior": Recipe(128, 2400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
                "ar-prior": Recipe(64, 2000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
                "decoder": Recipe(16, 20500, 8e-4, ema_decay=0.999),
@@ -650,12 +654,17 @@ RECIPES = {
 
 
 def clip_loss(model, batch, context):
-    """The contrastive loss of a batch of (images, captions), each row against all rows of all processes."""
+    """The contrastive loss of a batch of (images, captions), each row against all rows of all processes (§2).
+
+    For a while, ours, against its near misses alone (Recipe.near). Once attributes are known, what is where, and which colour
+    goes with which shape, is all that is left to learn, but small networks on small batches never do: its gradients drown in
+    the noise of all the others'. By themselves they take a thousand steps.
+    """
     images, captions = batch
     text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
     gather = lambda z: torch.cat(all_gather(z)) if dist.is_initialized() else z  # gradients find their way back
-    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale)
+    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, 4 if context["near"] else None)
 
 
 def clip_picture(model, batch, context):
@@ -904,7 +913,7 @@ class Loss(torch.nn.Module):
         self.model, self.loss_of, self.context = model, loss_of, context
 
     def forward(self, batch, k, rows, held_out):
-        c = self.context
+        c = self.context | {"near": k in self.context["near"] and not held_out}
         with torch.autocast(c["device"].type, torch.bfloat16, enabled=c["low"]), NoiseByRow(c["seed"], k, rows, held_out):
             return self.loss_of(self.model, batch, c)
 
@@ -934,7 +943,8 @@ def prepared(stage, args, device):
     with first_before_others():
         context, extra = STAGES[stage][0](args, device)
     low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
-    return recipe, context | {"device": device, "seed": args.seed, "low": low}, extra
+    near = range(*(0 if args.data else round(share * recipe.steps) for share in recipe.near))  # a folder has no near misses
+    return recipe, context | {"device": device, "seed": args.seed, "low": low, "near": near}, extra
 
 
 def networks(stage, recipe, context, init=None):
@@ -953,8 +963,9 @@ def networks(stage, recipe, context, init=None):
     for block in model.modules() if recipe.recompute else ():
         if isinstance(block, clip_embed.ResidualAttentionBlock):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]  # biases and norms: none
+    decays = lambda name, p: p.ndim > 1 and "positional" not in name  # not biases and norms; places that fade are lost to CLIP
+    groups = [{"params": [p for name, p in model.named_parameters() if decays(name, p)], "weight_decay": recipe.weight_decay},
+              {"params": [p for name, p in model.named_parameters() if not decays(name, p)], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, recipe.beta2), eps=recipe.eps)
     loss = Loss(model, loss_of, context)
     return model, ema, optimizer, DistributedDataParallel(loss) if dist.is_initialized() else loss

@@ -74,6 +74,12 @@ def test_contrastive_loss_is_log_b_for_equal_embeddings_and_small_for_matched_on
     assert float(clip_embed.contrastive_loss(z, z, torch.tensor(1.5))) == pytest.approx(math.log(1 + 3 * math.exp(-s)), rel=1e-4)
 
 
+def test_groups_are_compared_as_if_each_were_a_batch():
+    z_i, z_t, scale = (*(F.normalize(torch.randn(2, 12, 5), dim=2)), torch.tensor(1.2))
+    apart = [clip_embed.contrastive_loss(z_i[k:k + 4], z_t[k:k + 4], scale) for k in (0, 4, 8)]
+    assert torch.allclose(clip_embed.contrastive_loss(z_i, z_t, scale, 4), sum(apart) / 3)
+
+
 def test_prior_sequence_is_causal_and_its_padding_unseen(text):
     """Text places must not see z_t, t, z_i or the final token; nothing may see padding; the output sees everything."""
     model = awaken(prior.DiffusionPrior(TINY_PRIOR))

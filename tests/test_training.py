@@ -82,7 +82,7 @@ def first_gradients(stage, rank, world, **changes):
               "decoder": replace(TINY[decoder], dropout=0.0)}.get(stage) or replace(TINY[upsample][int(stage[9:])], dropout=0.0)
     recipe = replace(train.Recipe(12, 1, 1e-3), **changes)
     z_i = torch.nn.functional.normalize(torch.randn(train.FIXED_SCENES, 16), dim=1)
-    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False, "given": "z_i"}
+    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False, "near": (), "given": "z_i"}
     if stage == "ar-prior":
         codes = prior.fit_codes(z_i, 1024)
         context |= {"codes": codes | {"dot_edges": torch.linspace(-1, 1, 1023)}, "config": replace(config, components=len(codes["components"]))}
@@ -304,6 +304,18 @@ def test_killed_thirty_times_also_while_saving_it_ends_as_if_it_never_was(quick)
     assert halves >= 5
     train.train("upsample-256", also(killed, steps=steps, save_every=1), CPU)
     assert_same_end(quick, killed)
+
+
+def test_clip_meets_near_misses_alone_for_a_while_but_not_on_a_folders_pictures(tiny, monkeypatch):  # noqa: F811
+    """Of four steps the middle two in groups; the others and all held-out batches whole."""
+    seen, loss = [], clip_embed.contrastive_loss
+    monkeypatch.setattr(clip_embed, "contrastive_loss", lambda *args: (seen.append((torch.is_grad_enabled(), args[3])), loss(*args))[1])
+    monkeypatch.setitem(train.RECIPES["shapes"], "clip", train.Recipe(8, 4, 1e-3, near=(0.25, 0.75)))
+    train.train("clip", also(tiny, batch_size=None, steps=None, save_every=1), CPU)
+    assert [group for training, group in seen if training] == [None, 4, 4, None]
+    assert {group for training, group in seen if not training} == {None}
+    monkeypatch.setitem(train.STAGES, "clip", (lambda args, device: ({}, {}), *train.STAGES["clip"][1:]))
+    assert train.prepared("clip", also(tiny, batch_size=None, steps=None, data="photos"), CPU)[1]["near"] == range(0)
 
 
 # ----------------------------------------------------------------------------- what is measured
