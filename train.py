@@ -181,13 +181,13 @@ def near_misses(scene, said, rng, n=3):
     """n scenes that the same kind of caption tells from this one, and from one another, by one thing it says (§7, fig. 14).
 
     What is hardest to learn comes oftenest. Where it can be, two things swap an attribute, half of the time their colours
-    ("red circle, blue star" beside "blue circle, red star"), or change places: only a CLIP that binds attributes and places to
-    objects can tell those captions apart. Else one attribute changes.
+    ("red circle, blue star" beside "blue circle, red star"), or stand otherwise, oftenest the other way round: only a CLIP that
+    binds attributes and places to objects can tell those captions apart. Else one attribute changes.
     """
     things, group = scene.things, [scene]
     swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= said)]
     while len(group) <= n:
-        a = pick(rng, ["attribute"] + 3 * ["swap"] * bool(swaps) + ["relation"] * ("relation" in said))
+        a = pick(rng, ["attribute"] + 3 * ["swap"] * bool(swaps) + 2 * ["relation"] * ("relation" in said))
         k = rng.integers(len(things))
         if a == "attribute":
             a = pick(rng, ["shape", *sorted(s[1] for s in said if s[0] == k), *["background"] * ("background" in said)])
@@ -195,7 +195,7 @@ def near_misses(scene, said, rng, n=3):
             a = "colour" if "colour" in swaps and rng.random() < 0.5 else pick(rng, swaps)
             other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
         elif a == "relation":
-            other = replace(scene, relation=RELATIONS[scene.relation])
+            other = replace(scene, relation=pick(rng, [RELATIONS[scene.relation]] * 2 + [*RELATIONS]))
         elif a == "background":
             other = replace(scene, background=pick(rng, [v for v in BACKGROUNDS if v != scene.background]))
         else:

@@ -48,7 +48,7 @@ def test_captions_leave_each_attribute_out_about_a_third_of_the_time():
 
 
 def test_near_misses_differ_in_what_the_caption_says_and_from_one_another():
-    rng, swaps, relations = np.random.default_rng(0), 0, 0
+    rng, swaps, relations, inverse = np.random.default_rng(0), 0, 0, 0
     for scene in scenes(300):
         said = train.what_to_say(scene, rng)
         group = [scene, *train.near_misses(scene, said, rng)]
@@ -60,9 +60,11 @@ def test_near_misses_differ_in_what_the_caption_says_and_from_one_another():
             assert changed and all(k in said or k[1] == "shape" for k in changed)
             swaps += len(changed) == 2
             relations += changed == {"relation"}
+            inverse += s.relation == train.RELATIONS.get(scene.relation, "none")
         captions = [train.describe(s, said, np.random.default_rng(5)) for s in group]  # the same wording for all
         assert len(set(captions)) == 4
     assert swaps > 60 and relations > 60
+    assert 0.4 < inverse / relations < 0.8  # a CLIP that never meets the others takes "left of" for "above"
 
 
 def test_captions_that_mean_the_same_have_one_meaning():
