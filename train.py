@@ -664,7 +664,8 @@ def clip_loss(model, batch, context):
     text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
     gather = lambda z: torch.cat(all_gather(z)) if dist.is_initialized() else z  # gradients find their way back
-    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, 4 if context["near"] else None)
+    group = 4 if context["near"] else None  # a scene and its three near misses
+    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, group)
 
 
 def clip_picture(model, batch, context):
