@@ -143,6 +143,9 @@ def contrastive_loss(run):
         "temperature": loss(z_i, z_t, math.exp(-1.3)),
         "yours looks only along the rows, from pictures to captions": loss(z_i, z_t, math.exp(1.3), 2, 0),
         "yours looks only along the columns, from captions to pictures": loss(z_i, z_t, math.exp(1.3), 0, 2)})
+    apart = (loss(z_i[:3], z_t[:3], math.exp(1.3)) + loss(z_i[3:], z_t[3:], math.exp(1.3))) / 2
+    same(run(z_i, z_t, scale, 3), apart, "with `group` each group of so many rows is as a batch of its own", {
+        "yours compares all rows although `group` is given": loss(z_i, z_t, math.exp(1.3))})
     same(run(z_i, z_t, torch.tensor(9.0)), loss(z_i, z_t, 100), "the temperature is held: exp(logit_scale) is never more "
          "than 100",
          tolerance=1e-3)
