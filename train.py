@@ -658,13 +658,13 @@ def clip_loss(model, batch, context):
 
     For a while, ours, against its near misses alone (Recipe.near). Once attributes are known, what is where, and which colour
     goes with which shape, is all that is left to learn, but small networks on small batches never do: its gradients drown in
-    the noise of all the others'. By themselves they take a thousand steps.
+    the noise of all the others'. By themselves they begin to after a thousand steps.
     """
     images, captions = batch
     text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
     gather = lambda z: torch.cat(all_gather(z)) if dist.is_initialized() else z  # gradients find their way back
-    group = 4 if context["near"] else None  # a scene and its three near misses
+    group = 4 if context["alone"] else None  # a scene and its three near misses
     return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, group)
 
 
@@ -914,7 +914,7 @@ class Loss(torch.nn.Module):
         self.model, self.loss_of, self.context = model, loss_of, context
 
     def forward(self, batch, k, rows, held_out):
-        c = self.context | {"near": k in self.context["near"] and not held_out}
+        c = self.context | {"alone": k in self.context["near"] and not held_out}
         with torch.autocast(c["device"].type, torch.bfloat16, enabled=c["low"]), NoiseByRow(c["seed"], k, rows, held_out):
             return self.loss_of(self.model, batch, c)
 

@@ -124,8 +124,7 @@ def main():
               flush=True)
         rows, first = measure(stack, args, steps)
         show(rows, "prior")
-        finish(args, conclusions(rows), first_pictures(first),
-               training=said, steps=steps, rows=rows)
+        finish(args, conclusions(rows), first_pictures(first), training=said, steps=steps, rows=rows)
 
 
 if __name__ == "__main__":
