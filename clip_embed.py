@@ -356,15 +356,15 @@ class CLIP(nn.Module):
         return F.normalize(z.float(), dim=-1) if self.config.unit_norm else z.float()
 
 
-def contrastive_loss(z_i, z_t, logit_scale, group=None):
+def contrastive_loss(z_i, z_t, logit_scale, group=None, highest=100.0):
     """Symmetric cross-entropy over rows and columns of the scaled cosines (§2; the CLIP paper, fig. 3).
 
-    z_i, z_t (B, d) unit-norm, row k of one belonging to row k of the other; logit_scale is the log of the
-    inverse temperature, held at or under log 100 as in the CLIP paper. With `group` (ours) rows are compared only with those of
-    their own group, of so many after each other.
+    z_i, z_t (B, d) unit-norm, row k of one belonging to row k of the other; logit_scale is the log of the inverse temperature,
+    held at or under log `highest` (100 as in the CLIP paper). With `group` (ours) rows are compared only with those of their own
+    group, of so many after each other.
     """
     with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would round logits near 100 to halves: near misses drown
-        logits = logit_scale.clamp(max=float(np.log(100))).exp() * z_i.float() @ z_t.float().T  # (B, B)
+        logits = logit_scale.clamp(max=math.log(highest)).exp() * z_i.float() @ z_t.float().T  # (B, B)
     target = torch.arange(len(z_i), device=z_i.device)
     if group:
         logits = logits.masked_fill(target[:, None] // group != target // group, -torch.inf)

@@ -629,10 +629,11 @@ class Recipe:
     recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
     words: float = 0.0  # share of the scenes that have a word written across them (clip and decoder)
     near: tuple = (0.0, 0.0)  # clip compares scenes with their near misses alone from this share of the steps to that one (ours)
+    scale: float = 100.0  # clip's cosines are multiplied by no more than this in its loss: see clip_loss
 
 
 RECIPES = {
-    "shapes": {"clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75)),
+    "shapes": {"clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75), scale=15.0),
                "prior": Recipe(128, 2400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
                "ar-prior": Recipe(64, 2000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
                "decoder": Recipe(16, 20500, 8e-4, ema_decay=0.999),
@@ -659,13 +660,17 @@ def clip_loss(model, batch, context):
     For a while, ours, against its near misses alone (Recipe.near). Once attributes are known, what is where, and which colour
     goes with which shape, is all that is left to learn, but small networks on small batches never do: its gradients drown in
     the noise of all the others'. By themselves they begin to after a thousand steps.
+
+    And, ours, the temperature's inverse stays under Recipe.scale. Where it may grow to the 100 of the CLIP paper, a small world's
+    CLIP tells captions apart by hairs: 6 directions of 128 held nearly all of z_i's variance, and what colour stands where lay in
+    others a thousand times fainter, which the squared errors of prior and decoder do not see.
     """
     images, captions = batch
     text, _ = encode_captions(model, context["tokenizer"], captions)
     z_i = model.encode_image(preprocess_tensor(images, model.config.image_size))
     gather = lambda z: torch.cat(all_gather(z)) if dist.is_initialized() else z  # gradients find their way back
     group = 4 if context["alone"] else None  # a scene and its three near misses
-    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, group)
+    return clip_embed.contrastive_loss(gather(z_i), gather(text["z_t"]), model.logit_scale, group, context["scale"])
 
 
 def clip_picture(model, batch, context):
@@ -945,7 +950,7 @@ def prepared(stage, args, device):
         context, extra = STAGES[stage][0](args, device)
     low = args.precision == "bfloat16" or args.precision == "auto" and device.type == "cuda"
     near = range(*(0 if args.data else round(share * recipe.steps) for share in recipe.near))  # a folder has no near misses
-    return recipe, context | {"device": device, "seed": args.seed, "low": low, "near": near}, extra
+    return recipe, context | {"device": device, "seed": args.seed, "low": low, "near": near, "scale": recipe.scale}, extra
 
 
 def networks(stage, recipe, context, init=None):
@@ -1100,8 +1105,9 @@ def dry_run(stage, args, device):
 
 
 def attention_kernel(device, low):
-    """On CPUs torch's fused attention is several times slower in bfloat16 than plain matrix products: use those."""
+    """On CPUs torch's fused attention is slower in bfloat16 than plain matrix products, if these stay in bfloat16: use those."""
     if low and device.type == "cpu":
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # also the CPU's, whatever its name
         return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     return contextlib.nullcontext()
 

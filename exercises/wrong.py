@@ -19,7 +19,7 @@ WRONG = {
     2: [("contrastive_loss", "looks along the rows alone", "only along the rows", [
             ("(F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2", "F.cross_entropy(logits, target)")]),
         ("contrastive_loss", "takes logit_scale for the scale itself", "logit_scale is a logarithm", [(".exp()", "")]),
-        ("contrastive_loss", "forgets to hold the temperature", "never more than 100", [(".clamp(max=float(np.log(100)))", "")]),
+        ("contrastive_loss", "forgets to hold the temperature", "never more than 100", [(".clamp(max=math.log(highest))", "")]),
         ("contrastive_loss", "does not look at the groups", "although `group` is given", [("if group:", "if False:")])],
     3: [("cosine_schedule", "does not clip β", "clipped at 0.999", [(".clamp(max=0.999)", "")]),
         ("cosine_schedule", "forgets the square", "to be squared", [(" * math.pi / 2) ** 2", " * math.pi / 2)")]),

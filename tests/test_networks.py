@@ -72,6 +72,9 @@ def test_contrastive_loss_is_log_b_for_equal_embeddings_and_small_for_matched_on
     z = torch.eye(4)
     s = math.exp(1.5)
     assert float(clip_embed.contrastive_loss(z, z, torch.tensor(1.5))) == pytest.approx(math.log(1 + 3 * math.exp(-s)), rel=1e-4)
+    for highest in (100.0, 7.0):  # what the temperature's inverse is held under
+        got = clip_embed.contrastive_loss(z, z, torch.tensor(9.0), highest=highest)
+        assert float(got) == pytest.approx(math.log1p(3 * math.exp(-highest)), rel=1e-4, abs=1e-7)
 
 
 def test_groups_are_compared_as_if_each_were_a_batch():

@@ -143,7 +143,7 @@ def test_recomputing_keeps_less_and_spares_the_ema(low):
     config = replace(TINY[clip_embed], vocab_size=len(tokenizer), vision_layers=6, vision_patch_size=8)
     for again in (False, True):
         recipe, context = replace(train.Recipe(8, 1, 1e-3), recompute=again), {"config": config, "tokenizer": tokenizer, "device": CPU}
-        model, ema, _, loss = train.networks("clip", recipe, context := context | {"seed": 0, "low": low, "near": ()})
+        model, ema, _, loss = train.networks("clip", recipe, context := context | {"seed": 0, "low": low, "near": (), "scale": recipe.scale})
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
             train.add_gradients(loss, train.Batches("clip", recipe, 0, config)[0], 0, recipe, context)
