@@ -82,7 +82,8 @@ def first_gradients(stage, rank, world, **changes):
               "decoder": replace(TINY[decoder], dropout=0.0)}.get(stage) or replace(TINY[upsample][int(stage[9:])], dropout=0.0)
     recipe = replace(train.Recipe(12, 1, 1e-3), **changes)
     z_i = torch.nn.functional.normalize(torch.randn(train.FIXED_SCENES, 16), dim=1)
-    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False, "near": (), "given": "z_i"}
+    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False, "near": (),
+               "scale": recipe.scale, "given": "z_i"}
     if stage == "ar-prior":
         codes = prior.fit_codes(z_i, 1024)
         context |= {"codes": codes | {"dot_edges": torch.linspace(-1, 1, 1023)}, "config": replace(config, components=len(codes["components"]))}
