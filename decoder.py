@@ -14,9 +14,10 @@ The sampler takes every n-th of the 1000 steps, ancestral with the learned varia
 run backwards gives x_T, and the pair (z_i, x_T) is the picture's whole code (§3).
 
 Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead), so that what lies beyond the
-longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates are of order 1; `patch_size` folds
-pixels into channels, which a laptop's CPU thanks us for (1 in the paper); the `shapes` preset's network puts out a velocity,
-from which ε follows (eps_from_velocity); sampling starts below t = 999 (top_step); inversion starts with a little noise (invert).
+longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates are of order 1; sampling starts below
+t = 999 (top_step); inversion starts with a little noise (invert). The `shapes` preset's network, made for a laptop's CPU, folds
+pixels into channels (`patch_size`, 1 in the paper), is told where they lie (`coordinates`), and puts out a velocity, from which
+ε follows (eps_from_velocity).
 
     python decoder.py picture.png            # picture → z_i and x_T → picture again, and three variations
 """
@@ -45,6 +46,7 @@ class DecoderConfig:
     head_channels: int = 64
     norm_groups: int = 32
     dropout: float = 0.1
+    coordinates: bool = False             # whether the network is told where each pixel lies (ours; see Decoder.forward)
     scale_shift: bool = True              # ADM's blocks; False: the timestep's embedding is only added
     prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
     top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
@@ -64,8 +66,8 @@ class DecoderConfig:
 
 PRESETS = {
     "shapes": DecoderConfig(patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-                            dropout=0.0, prediction="velocity", embed_dim=128, clip_text_width=128, text_layers=2, text_width=128,
-                            text_heads=2, text_context=77),
+                            dropout=0.0, coordinates=True, prediction="velocity", embed_dim=128, clip_text_width=128, text_layers=2,
+                            text_width=128, text_heads=2, text_context=77),
     "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
     "paper": DecoderConfig(steps=250),
@@ -244,7 +246,7 @@ class Decoder(nn.Module):
         level = lambda channels, out_channels, side: nn.ModuleList(
             [res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
         side, widths = c.image_size // c.patch_size, [c.channels * c.multiples[0]]  # widths: of each skip connection
-        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2 + 2 * c.coordinates, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
@@ -295,7 +297,11 @@ class Decoder(nn.Module):
                     h = block(h, emb)
             return h
 
-        h = self.conv_in(F.pixel_unshuffle(x_t, c.patch_size))  # (B, channels, H / patch_size, W / patch_size)
+        h = F.pixel_unshuffle(x_t, c.patch_size)
+        if c.coordinates:  # ADM's deep networks find out from their padding where left is; a small one takes long to
+            places = torch.meshgrid(*(torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:]), indexing="ij")
+            h = torch.cat([h, torch.stack(places).expand(len(h), -1, -1, -1)], 1)
+        h = self.conv_in(h)  # (B, channels, H / patch_size, W / patch_size)
         skips = [h]
         for blocks in self.down:
             h = run(blocks, h)

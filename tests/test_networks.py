@@ -125,6 +125,18 @@ def test_each_of_the_two_injections_of_z_i_reaches_the_output(text, silenced):
     assert not torch.allclose(model(x, t, torch.randn(1, 8), y)[0], model(x, t, torch.randn(1, 8), y)[0], atol=1e-5)
 
 
+def test_a_decoder_with_coordinates_is_told_where_each_cell_lies(text):
+    model, seen = awaken(decoder.Decoder(replace(TINY_DECODER, coordinates=True, patch_size=2, attention=(4,)))), []
+    model.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    told = (torch.randn(2, 3, 16, 16), torch.tensor([10, 800]), torch.randn(2, 8), text())
+    eps, _ = model(*told)
+    assert seen[0].shape == (2, 3 * 4 + 2, 8, 8)
+    for corner, place in {(0, 0): (-1, -1), (0, 7): (-1, 1), (7, 0): (1, -1), (7, 7): (1, 1)}.items():  # rows go down, columns right
+        assert (seen[0][:, -2:, *corner] == torch.tensor(place)).all()
+    model.conv_in.weight[:, -2:] = 0
+    assert not torch.allclose(model(*told)[0], eps, atol=1e-4)
+
+
 def test_context_attention_equals_a_plain_loop_over_heads():
     block = awaken(decoder.AttentionBlock(32, 16, 12, 8))
     x, context = torch.randn(1, 32, 2, 3), torch.randn(1, 4, 12)
