@@ -506,10 +506,10 @@ class Batches(Dataset):
     """Rows of batch k of a stage's training, those of process `rank` of `world`; split is "train" or "validation".
 
     Row n is drawn from (seed, k, n) alone: the same in any process, any worker, any order. clip, decoder: images
-    (b, 3, 64, 64) uint8 and captions; for clip each scene stands beside three near misses, and no caption comes twice (a
-    duplicate would be a false negative); a share recipe.words of the scenes has words written across. priors: numbers of scenes
-    in the fixed set whose z_i are computed beforehand (z_i: their pictures, in order), and captions. upsamplers: (high, low)
-    crops, four of a scene.
+    (b, 3, 64, 64) uint8 and captions, of two things three times in four, since these are harder; for clip each scene stands beside
+    three near misses, and no caption comes twice (a duplicate would be a false negative); a share recipe.words of the scenes has
+    words written across. priors: numbers of scenes in the fixed set whose z_i are computed beforehand (z_i: their pictures, in
+    order), and captions. upsamplers: (high, low) crops, four of a scene.
     """
 
     def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
@@ -538,7 +538,7 @@ class Batches(Dataset):
             rng, words = draw(n), []
             while not words or clip and len({*words} - told) < 4:
                 worded = self.words and rng.random() < self.words
-                scene = random_scene(rng, 1 if worded else 2 if clip and rng.random() < 0.5 else None)
+                scene = random_scene(rng, 1 if worded else 2 if rng.random() < 0.5 else None)
                 said = what_to_say(scene, rng)
                 if clip and scene.relation and rng.random() < 0.7:  # more to bind
                     said |= {(0, "colour"), (1, "colour"), "relation"}
