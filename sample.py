@@ -205,7 +205,7 @@ def main():
     parser.add_argument("--prior-steps", type=int, help="of the diffusion prior: default 64, as in the paper")
     parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"],
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
-    parser.add_argument("--decoder-guidance", type=float, help="default 2 (the paper for table 2: 1.25)")
+    parser.add_argument("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, help="default 50, for a laptop (the paper: 250)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
                         "as in the paper)")
