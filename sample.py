@@ -8,7 +8,7 @@ Out:  PNG files in --out, never over an old one, each with its caption, seed and
       their paths on stdout, one a line, and all else on stderr
 
 Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
-50 steps (the paper: 250), for a laptop's sake, and guidance 2. Ours, where the paper is silent: picture k of a run draws its
+50 steps (the paper: 250), for a laptop's sake, and guidance 3. Ours, where the paper is silent: picture k of a run draws its
 noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch.
 
 Read: the chain (generate), its networks (load_stack), captions in and pictures out.
