@@ -8,8 +8,10 @@ Out:  PNG files in --out, never over an old one, each with its caption, seed and
       their paths on stdout, one a line, and all else on stderr
 
 Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
-50 steps (the paper: 250), for a laptop's sake, and guidance 3. Ours, where the paper is silent: picture k of a run draws its
-noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch.
+20 steps (the paper: 250), for a laptop's sake, and guidance 3. Ours, where the paper is silent: picture k of a run draws its
+noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch. As the prior
+does with two z_i, the decoder may draw several candidates of a z_i: CLIP keeps the picture nearest to the caption (DALL·E, the
+first, did so with 512; the shipped decoder with 4, `--candidates 1` shows it as the paper's does).
 
 Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
@@ -26,6 +28,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -46,19 +49,23 @@ LARGE = 1e9  # bytes of checkpoints
 
 # ----------------------------------------------------------------------------- the chain
 
-def generators(stage, seed, pictures):
-    """One torch.Generator for each picture number, seeded by seed + number and the stage."""
-    return [torch.Generator().manual_seed((seed + k) * len(STAGE_NUMBER) + STAGE_NUMBER[stage]) for k in pictures]
+def generators(stage, seed, pictures, candidate=0):
+    """One torch.Generator for each picture number, seeded by seed + number, the stage and which candidate it is for."""
+    # mixed by numpy: torch's generator on the CPU reads 32 bits of its seed, and would be the same 2³² further on
+    seeds = [np.random.SeedSequence([STAGE_NUMBER[stage], candidate, seed + k]).generate_state(1)[0] for k in pictures]
+    return [torch.Generator().manual_seed(int(number)) for number in seeds]
 
 
 @torch.no_grad()
 def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
-             decoder_guidance=None, decoder_steps=None, eta=None, upsample_steps=(None, None), bar=False, seconds=None):
+             decoder_guidance=None, decoder_steps=None, eta=None, candidates=None, upsample_steps=(None, None), bar=False,
+             seconds=None):
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional (§2, fig. 2).
 
     prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
-    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. `seconds`, a
-    dictionary, gathers the time that each stage took.
+    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. candidates: decodings
+    of a z_i, of which the one is kept whose CLIP embedding has the largest dot product with z_t; of "" the first. `seconds`, a
+    dictionary, gathers the time that each stage took. Raises UserError where candidates are to be compared by a CLIP without eyes.
     """
     seconds = {} if seconds is None else seconds
     device = stack["clip"].logit_scale.device
@@ -86,8 +93,20 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
             network, of(pictures), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
     else:
         z_i = text["z_t"] * (prior_kind == "text")
-    images = in_batches("decoder", BATCH[64], lambda network, pictures, noise: decoder.sample(
-        network, z_i[list(pictures)].to(device), of(pictures), null, noise, decoder_guidance, decoder_steps, eta, bar=bar))
+
+    def decode(network, pictures, _):
+        clip, some = stack["clip"], of(pictures)
+        drawn = [decoder.sample(network, z_i[list(pictures)].to(device), some, null, generators("decoder", seed, pictures, c),
+                                decoder_guidance, decoder_steps, eta, bar=bar)
+                 for c in range(candidates or network.config.candidates)]
+        if len(drawn) == 1:
+            return drawn[0]
+        fit = torch.stack([(clip.encode_image(clip_embed.preprocess_tensor(images, clip.config.image_size)) * some["z_t"]).sum(1)
+                           for images in drawn])
+        best = [fit[:, n].argmax() if captions[k] else 0 for n, k in enumerate(pictures)]
+        return torch.stack([drawn[c][n] for n, c in enumerate(best)])
+
+    images = in_batches("decoder", BATCH[64], decode)
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
         small = images
         images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
@@ -206,7 +225,9 @@ def main():
     parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"],
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
     parser.add_argument("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
-    parser.add_argument("--decoder-steps", type=int, help="default 50, for a laptop (the paper: 250)")
+    parser.add_argument("--decoder-steps", type=int, help="default 20, for a laptop (the paper: 250)")
+    parser.add_argument("--candidates", type=int, help="decodings a picture, of which the one is kept that CLIP finds nearest to "
+                        "the caption: default 4 (the paper: 1)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
                         "as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
@@ -221,7 +242,7 @@ def main():
     with one_line_errors():
         captions = gather_captions(args.captions, args.file)
         for name, low, high in (("n", 1, 10_000), ("seed", 0, 1 << 48), ("prior_steps", 1, 1000), ("decoder_steps", 1, 990),
-                                ("prior_guidance", 0, 100), ("decoder_guidance", 0, 100), ("eta", 0, 1)):
+                                ("prior_guidance", 0, 100), ("decoder_guidance", 0, 100), ("eta", 0, 1), ("candidates", 1, 1000)):
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
@@ -231,7 +252,7 @@ def main():
         stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
-                                                 "decoder_steps", "eta", "upsample_steps")}
+                                                 "decoder_steps", "eta", "candidates", "upsample_steps")}
         unsaid = {"eta": "ancestral"}
         settings = ", ".join(f"{k.replace('_', '-')} {unsaid.get(k, 'default') if v in (None, (None, None)) else v}"
                              for k, v in options.items())

@@ -953,6 +953,11 @@ def prepared(stage, args, device):
     return recipe, context | {"device": device, "seed": args.seed, "low": low, "near": near, "scale": recipe.scale}, extra
 
 
+def differing(saved, config):
+    """The fields in which two configs, as dictionaries, are of different networks: not those that only sampling reads."""
+    return {k for k in saved | config if saved.get(k) != config.get(k)} - {"guidance", "steps", "candidates"}
+
+
 def networks(stage, recipe, context, init=None):
     """(model, its EMA, optimizer, loss as a module) as training begins, from the checkpoint `init` if any. Raises UserError."""
     (_, build, loss_of, *_), config = STAGES[stage], context["config"]
@@ -961,7 +966,7 @@ def networks(stage, recipe, context, init=None):
     if init:
         given = clip_embed.read_checkpoint(init, stage)
         given = clip_embed.load_model(build, type(config), given, init)
-        if given.config != config:
+        if differing(asdict(given.config), asdict(config)):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
         model.load_state_dict(given.state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
@@ -995,7 +1000,7 @@ def train(stage, args, device):
     if begun:
         saved = clip_embed.read_checkpoint(path, stage)
         state = saved.get("training")
-        if state is None or saved["config"] != asdict(config):
+        if state is None or differing(saved["config"], asdict(config)):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
         for name, value in ({"seed": args.seed} | extra).items():
             if ({"data": None, "given": "z_i"} | state | saved).get(name) != value:  # what older ones lack

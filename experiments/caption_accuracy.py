@@ -318,7 +318,7 @@ def draw_and_score(stack, captions, seed, size=64, **options):
 def generated(args):
     """(caption, score, picture) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
     stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
-    options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_"))}
+    options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_", "candidates"))}
     captions = []
     for k in range(args.n):
         rng = np.random.default_rng([args.seed, k])
@@ -359,13 +359,14 @@ def main():
     for stage in ("prior", "decoder"):
         add(f"--{stage}-guidance", type=float, default=argparse.SUPPRESS, help="as in sample.py")
         add(f"--{stage}-steps", type=int, default=argparse.SUPPRESS, help="as in sample.py")
+    add("--candidates", type=int, default=argparse.SUPPRESS, help="as in sample.py")
     add("--sheet", type=Path, metavar="PNG", help="draw the pictures that fail, with what they got wrong")
     add("--json", type=Path, help="write settings, rates and every caption's score")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors():
         for name, low, high in (("self_test", 0, 1e6), ("n", 0, 1e6), ("seed", 0, 1 << 48), ("prior_guidance", 0, 100),
-                                ("prior_steps", 1, 1000), ("decoder_guidance", 0, 100), ("decoder_steps", 1, 990)):
+                                ("prior_steps", 1, 1000), ("decoder_guidance", 0, 100), ("decoder_steps", 1, 990), ("candidates", 1, 1000)):
             if not low <= getattr(args, name, low) <= high:
                 option = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 raise UserError(f"{option}: must be between {low} and {high:.0f}")

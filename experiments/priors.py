@@ -33,7 +33,7 @@ import prior
 from caption_accuracy import parse_caption, relation_of, scene_of
 from clip_embed import (UserError, encode_captions, fingerprint, load_clip, load_model, one_line_errors, pick_device,
                         preprocess_tensor, read_checkpoint)
-from sample import SHIPPED
+from sample import SHIPPED, generators
 from train import VALUES, Batches, Recipe, describe, random_scene, render, to_tensor, what_to_say
 
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
@@ -106,7 +106,7 @@ def draw(stack, captions, seed, methods):
         text, null = encode_captions(stack["clip"], stack["tokenizer"], some)
         z_t.append(text["z_t"].cpu())
         for name, method in methods.items():
-            noise = [torch.Generator().manual_seed((seed << 32) + first + k) for k in range(len(some))]
+            noise = generators("prior", (seed << 32) + first, range(len(some)))
             began = time.perf_counter()
             z_i[name].append(method(text, null, noise).cpu())  # .cpu() waits for the device
             seconds[name] += time.perf_counter() - began

@@ -1,8 +1,9 @@
-"""Which guidance, and how many steps? Caption accuracy of the whole chain against each, everything else at its default.
+"""Which guidance, how many steps, how many candidates? Caption accuracy of the whole chain against each, all else at its default.
 
-In:   a folder of checkpoints; the decoder's guidance scales and numbers of steps to try
+In:   a folder of checkpoints; the decoder's guidance scales, numbers of steps and of candidates to try
 Out:  on stdout, a Markdown table: how often everything that a caption says is right, for one thing and two, and
-      the seconds a picture takes; --plot draws it, with one standard error up and down
+      the seconds a picture takes; --plot draws it, with one standard error up and down. Guidance and steps are tried with one
+      candidate
 
 The same captions and the same noise serve for every setting, so that differences are the setting's.
 
@@ -49,10 +50,11 @@ def measure(stack, captions, seed, **options):
 
 def main():
     """The script: what --help says."""
-    parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, then its steps, and read back how often the pictures "
-                                     "show all that their captions say.")
+    parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, its steps, then its candidates, and read back how "
+                                     "often the pictures show all that their captions say.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 25, 50, 100, 250], help="steps (default 10 25 50 100 250)")
+    parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="steps (default 10 20 50 100)")
+    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8], help="candidates (default 1 2 4 8)")
     parser.add_argument("--n", type=int, default=100, help="captions, half of one thing, half of two (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
@@ -61,14 +63,16 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors():
-        if not 2 <= args.n <= 100_000 or any(not 0 <= g <= 100 for g in args.guidance) or any(not 1 <= s <= 990 for s in args.steps):
-            raise UserError("--n must be between 2 and 100000, each --guidance between 0 and 100, each --steps between 1 and 990")
+        for name, low, high in (("n", 2, 100_000), ("guidance", 0, 100), ("steps", 1, 990), ("candidates", 1, 1000)):
+            if not all(low <= value <= high for value in np.atleast_1d(getattr(args, name))):
+                raise UserError(f"--{name}: must be between {low} and {high}")
         stack = sample.load_stack(args.weights, pick_device(args.device))
         captions, panels = captions_of(args.n, args.seed), {}
         print("| | one thing | two things | seconds a picture |\n|---|---|---|---|")
-        for title, key, settings in (("guidance", "decoder_guidance", args.guidance), ("steps", "decoder_steps", args.steps)):
+        for title, key, settings in (("guidance", "decoder_guidance", args.guidance), ("steps", "decoder_steps", args.steps),
+                                     ("candidates", "candidates", args.candidates)):
             for setting in tqdm(settings, title):
-                shares, seconds = measure(stack, captions, args.seed, **{key: setting})
+                shares, seconds = measure(stack, captions, args.seed, **{"candidates": 1} | {key: setting})
                 panels.setdefault(title, []).append((setting, shares))
                 cells = [f"{mean:.1%} ± {error:.1%}" for mean, error in shares.values()]
                 print(f"| {title} {setting:g} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)

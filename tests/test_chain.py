@@ -190,6 +190,33 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(kind, weights):
         assert (alone[0] - together[k]).abs().max() * 127.5 <= 2
 
 
+def test_every_picture_stage_and_candidate_has_noise_of_its_own():
+    cases = [(stage, seed, k, c) for stage in sample.STAGE_NUMBER for seed in (0, 10, 1 << 32, 1 << 40) for k in range(3) for c in (0, 1, 999)]
+    assert len({float(torch.randn((), generator=sample.generators(s, seed, [k], c)[0], dtype=torch.float64)) for s, seed, k, c in cases}) == len(cases)
+    assert torch.equal(*(torch.randn(9, generator=sample.generators("decoder", seed, [12 - seed])[0]) for seed in (3, 5)))  # seed + k counts
+
+
+def test_of_several_candidates_clips_favourite_is_kept(weights, monkeypatch):
+    stack, drawn, draw = sample.load_stack(weights), [], decoder.sample
+    captions = ["a star", "", "a blue heart", "a red circle on mint"]
+    first = sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS)
+    monkeypatch.setattr(decoder, "sample", lambda *given, **options: (drawn.append(draw(*given, **options)), drawn[-1])[1])
+    kept = sample.generate(stack, captions, seed=30, candidates=3, **OPTIONS)
+    assert len(drawn) == 3 and torch.equal(drawn[0], first)
+    clip, choices = stack["clip"], []
+    for k, caption in enumerate(captions):
+        z_t = clip_embed.encode_captions(clip, stack["tokenizer"], [caption])[0]["z_t"]
+        pixels = torch.cat([clip_embed.preprocess(sample.to_picture(d[k]), clip.config.image_size) for d in drawn])  # through Pillow
+        choices.append(int((clip.encode_image(pixels) @ z_t[0]).argmax()) if caption else 0)
+    assert len(set(choices)) > 1 and all(torch.equal(kept[k], drawn[c][k]) for k, c in enumerate(choices))
+    alone = sample.generate(stack, captions[2:3], seed=32, candidates=3, **OPTIONS)
+    assert (alone[0] - kept[2]).abs().max() * 127.5 <= 2
+    stack["clip"].visual = None
+    with pytest.raises(UserError, match="this CLIP reads no pictures"):
+        sample.generate(stack, captions, candidates=2, **OPTIONS)
+    assert torch.equal(sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS), first)
+
+
 def run(script, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     script.main()

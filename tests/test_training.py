@@ -266,6 +266,18 @@ def test_an_exploding_loss_stops_training_and_keeps_the_checkpoint(quick, monkey
     assert (quick.out / "upsample-256.pt").read_bytes() == before
 
 
+def test_other_defaults_of_sampling_resume_and_other_sizes_do_not(quick):
+    train.train("upsample-256", also(quick, steps=2), CPU)
+    old = final(quick)
+    torch.save(old | {"config": old["config"] | {"steps": 99}}, quick.out / "upsample-256.pt")
+    train.train("upsample-256", also(quick, resume=True), CPU)
+    assert final(quick)["training"]["step"] > 2 and final(quick)["config"]["steps"] == old["config"]["steps"] != 99
+    for other in ({"channels": 99}, {"unheard of": 1}):
+        torch.save(old | {"config": old["config"] | other}, quick.out / "upsample-256.pt")
+        with pytest.raises(UserError, match="cannot be resumed, it has other sizes"):
+            train.train("upsample-256", also(quick, resume=True), CPU)
+
+
 def test_a_checkpoint_from_before_the_held_out_loss_resumes(quick):
     train.train("upsample-256", also(quick, steps=2), CPU)
     old = final(quick)
