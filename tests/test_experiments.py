@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import caption_accuracy
+import linear_probes
 import speed
 import stages
 import sweep
 import upsamplers
-from train import COLOURS, VALUES, Thing, describe, random_scene, render, to_tensor
+from train import COLOURS, VALUES, Thing, describe, lay_out, random_scene, render, to_tensor
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
@@ -21,6 +22,34 @@ def test_the_width_of_a_gaussian_edge_is_twice_the_90th_percentile(sigma):
     plain = np.full((256, 256, 3), 200.0)
     widths = upsamplers.edge_widths(share * np.array(COLOURS["blue"]) + (1 - share) * plain, thing, plain)
     assert len(widths) == 16 and np.allclose(widths, 2 * 1.28155 * sigma, atol=0.15 * sigma + 0.1)
+
+
+def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
+    rng = torch.Generator().manual_seed(0)
+    labels, z = torch.randint(4, (3000,), generator=rng), torch.randn(3000, 12, generator=rng)
+    assert abs(linear_probes.named(z, labels) - 0.25) < 0.06  # 600 tested: three standard errors are 0.053
+    assert linear_probes.named(torch.cat([z, 5 * torch.nn.functional.one_hot(labels, 4) + z[:, :4]], 1), labels) > 0.99
+    signs = torch.randn(3000, 2, generator=rng).sign()
+    assert abs(linear_probes.named(signs, (signs.prod(1) > 0).long()) - 0.5) < 0.08  # exclusive or
+
+
+def test_the_participation_ratio_counts_directions():
+    z = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 3, 3, 0, 0, 0, 0, 0])
+    values, ratio = linear_probes.directions(z + 5)
+    assert abs(ratio - 3) < 0.05 and torch.allclose(values, torch.tensor([9.0, 9, 9, 0, 0, 0, 0, 0]).double(), atol=0.4)
+
+
+def test_rivals_are_scenes_that_the_caption_is_wrong_of():
+    rng = np.random.default_rng(3)
+    everything = {(k, a) for k in range(2) for a in VALUES} | {"relation", "background"}
+    for scene in [random_scene(rng, 2) for _ in range(100)]:
+        caption = caption_accuracy.parse_caption(describe(scene, everything, rng))
+        for name, rival in linear_probes.rivals(scene).items():
+            wrong = caption_accuracy.judge(lay_out(rival, rng), caption)
+            assert not wrong["all"] and wrong["background"] and wrong["count"], name
+        left, right = linear_probes.left_and_right(scene)
+        assert scene.relation not in ("left of", "right of") or left.x < right.x
+        assert caption_accuracy.judge(scene, caption)["all"]
 
 
 def test_operations_of_a_matrix_product_are_counted():

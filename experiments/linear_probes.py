@@ -1,0 +1,123 @@
+"""What does z_i hold, and which captions does CLIP tell apart? Linear probes of the embedding (appendix A), on the world of shapes.
+
+In:   a CLIP of train.py; scenes that training never drew
+Out:  on stdout, three Markdown tables:
+        how many directions hold z_i's variance: the participation ratio (Σλ)² / Σλ² of its covariance's eigenvalues, and the
+          share of the variance in the largest ones
+        how often a linear probe of z_i (ridge regression to one-hot vectors, fitted to four fifths of the scenes) names each
+          attribute in the last fifth: of a thing that is alone, of the left and of the right one of two
+        how often the cosine of a picture of two things prefers the caption that says everything to the one with the relation
+          the other way round, or with an attribute of the two things swapped
+
+    python experiments/linear_probes.py --clip runs/shapes/clip.pt
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clip_embed import UserError, encode_captions, load_clip, one_line_errors, pick_device
+from priors import embed
+from sample import SHIPPED
+from train import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene
+
+RIDGE = 1e-6  # of the mean square of a coordinate
+
+
+def named(z, labels):
+    """How often a linear probe of z (n, d), fitted to four fifths of the rows, names the labels (n,), integers, of the rest."""
+    train = len(z) * 4 // 5
+    z = F.pad((z - z[:train].mean(0)).double() * z.shape[1] ** 0.5, (0, 1), value=1)
+    gram = z[:train].T @ z[:train] / train
+    weights = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram), dtype=z.dtype), z[:train].T @ F.one_hot(labels[:train]).double())
+    return float(((z[train:] @ weights).argmax(1) == labels[train:]).double().mean())
+
+
+def directions(z):
+    """Eigenvalues of the covariance of z (n, d), the largest first, and their participation ratio (Σλ)² / Σλ²."""
+    values = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).clamp(min=0)
+    return values, float(values.sum() ** 2 / values.square().sum())
+
+
+def labels(values, found):
+    """The places of what was found in a sequence of values, as a tensor."""
+    return torch.tensor([list(values).index(each) for each in found])
+
+
+def left_and_right(scene):
+    """The two things of a scene whose relation is left of or right of, the left one first."""
+    return scene.things if scene.relation == "left of" else scene.things[::-1]
+
+
+def rivals(scene):
+    """{name: a scene whose caption is wrong of this one of two things}: the relation turned round, or an attribute swapped."""
+    a, b = scene.things
+    alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # then the relation may as well be the other one
+    swapped = {f"{k} swapped": replace(scene, things=(replace(a, **{k: getattr(b, k)}), replace(b, **{k: getattr(a, k)})))
+               for k in VALUES if getattr(a, k) != getattr(b, k)}
+    return swapped | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
+
+
+def preferred(clip, tokenizer, scenes, z_i):
+    """{name of a rival: (how often z_i (n, d) of scenes prefers their own caption to the rival's, of how many)}."""
+    def read(some):  # everything is said, in the same wording
+        said = {(k, a) for k in range(2) for a in ("colour", "size", "fill")} | {"relation", "background"}
+        captions = [describe(scene, said, np.random.default_rng(k)) for k, scene in some]
+        return torch.cat([encode_captions(clip, tokenizer, captions[k:k + 250])[0]["z_t"].cpu() for k in range(0, len(captions), 250)])
+
+    own, result = (z_i * read(enumerate(scenes))).sum(1), {}
+    others = [rivals(scene) for scene in scenes]
+    for name in ("relation inverted", *(f"{a} swapped" for a in VALUES)):
+        some = [(k, each[name]) for k, each in enumerate(others) if name in each]
+        rows = [k for k, _ in some]
+        result[name] = (float((own[rows] > (z_i[rows] * read(some)).sum(1)).double().mean()), len(rows))
+    return result
+
+
+def main():
+    """The script: what --help says."""
+    parser = argparse.ArgumentParser(description="Probe CLIP's image embedding of scenes of shapes: how many directions it uses, what "
+                                     "a linear map reads from it, and which captions it tells apart.")
+    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.pt", help="a checkpoint of train.py (default: the shipped one)")
+    parser.add_argument("--n", type=int, default=6000, help="scenes of one thing, and of two in each direction (default 6000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    with one_line_errors(), torch.no_grad():
+        if not 100 <= args.n <= 1_000_000 or not 0 <= args.seed < 1 << 48:
+            raise UserError("--n must be between 100 and 1000000, --seed between 0 and 2^48")
+        clip, tokenizer = load_clip(args.clip)
+        stack, rng = {"clip": clip.to(pick_device(args.device))}, np.random.default_rng([args.seed, 1 << 55])
+        one = [random_scene(rng, 1) for _ in range(args.n)]
+        two = []
+        while len(two) < args.n:
+            two += [scene for scene in [random_scene(rng, 2)] if scene.relation in ("left of", "right of")]
+        mixed = [random_scene(rng) for _ in range(args.n)]
+        z_one, z_two, z_mixed = (embed(stack, scenes) for scenes in tqdm((one, two, mixed), "z_i of scenes"))
+        values, ratio = directions(z_mixed)
+        counts = [k for k in (1, 4, 16, 32) if k < len(values)]
+        print(f"| directions | participation ratio | {' | '.join(f'variance in the first {k}' for k in counts)} |")
+        print("|---" * (2 + len(counts)) + "|")
+        print(f"| {len(values)} | {ratio:.1f} | {' | '.join(f'{float(values[:k].sum() / values.sum()):.1%}' for k in counts)} |\n")
+        print("| a linear probe names | alone | the left of two | the right of two | by chance |\n|---|---|---|---|---|")
+        for a, options in VALUES.items():
+            shares = [named(z_one, labels(options, [getattr(s.things[0], a) for s in one]))]
+            shares += [named(z_two, labels(options, [getattr(left_and_right(s)[k], a) for s in two])) for k in range(2)]
+            print(f"| {a} | {' | '.join(f'{share:.1%}' for share in shares)} | {1 / len(options):.1%} |")
+        print(f"| background | {named(z_one, labels(BACKGROUNDS, [s.background for s in one])):.1%} | – | – | {1 / len(BACKGROUNDS):.1%} |\n")
+        pairs = [scene for scene in mixed if len(scene.things) == 2]
+        z_pairs = z_mixed[[len(scene.things) == 2 for scene in mixed]]
+        print("| two things: the true caption against | preferred | of |\n|---|---|---|")
+        for name, (share, of) in preferred(clip, tokenizer, pairs, z_pairs).items():
+            print(f"| {name} | {share:.1%} | {of:,} |")
+
+
+if __name__ == "__main__":
+    main()
