@@ -1273,7 +1273,8 @@ def export(runs, folder, stages=STAGES):
         training = checkpoint.pop("training", None)
         if training is None:
             raise UserError(f"{runs / stage}.pt: has no training state, it is an export already")
-        checkpoint["model"] = {k: v.half() for k, v in checkpoint["model"].items()}
+        # as many digits as bfloat16 has, which is what most training reads: the files compress better. Not CLIP's: they name it
+        checkpoint["model"] = {k: (v if stage == "clip" else v.bfloat16()).half() for k, v in checkpoint["model"].items()}
         checkpoint["trained"] = {k: training[k] for k in ("step", "recipe", "seed")}
         save_atomically(checkpoint, folder / f"{stage}.pt")
         print(folder / f"{stage}.pt")
@@ -1287,7 +1288,8 @@ def main():
         epilog="A run that was stopped, by Ctrl-C or anything else, goes on with the same command and --resume, as if it had "
         "never stopped. Several GPUs: torchrun --nproc-per-node N train.py …, with the same options.")
     parser.add_argument("stage", choices=["all", *STAGES, "export"],
-                        help="one stage; all six in order; or export: copy a finished run, in half precision, to weights/PRESET")
+                        help="one stage; all six in order; or export: copy a finished run in half precision, from runs/NAME to "
+                        "weights/NAME, NAME being that of --out")
     parser.add_argument("--preset", default="shapes", choices=RECIPES, help="sizes and recipe: shapes (a laptop's CPU or any GPU), "
                         "laptop (a laptop GPU), paper (table 3)")
     parser.add_argument("--data", metavar="FOLDER", help="train on these pictures, not on shapes: each with a .txt of the same "
@@ -1309,7 +1311,7 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second "
                         "on this machine and hours to finish")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with AMX")
+                        help="auto: bfloat16 on cuda, else float32; bfloat16 also pays on CPUs with avx512_bf16 or amx_bf16")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes or read pictures (default 1)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two rows of the CSV (default 50)")
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default 500)")
@@ -1332,7 +1334,7 @@ def main():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
-            export(args.out, Path(__file__).parent / "weights" / args.preset, stages)
+            export(args.out, Path(__file__).parent / "weights" / args.out.resolve().name, stages)
             return
         with first_before_others(), contextlib.redirect_stderr(io.StringIO() if ranks()[0] else sys.stderr):
             args.data = args.data and gather(args.data, args.out, args.workers)
