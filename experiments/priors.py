@@ -8,8 +8,8 @@ say, and avoided. Columns:
   cosine with z_t     of one z_i a caption
   nearest fits        how often the nearest of 1,000 true embeddings, one a caption, is of a scene that the caption describes
   Fréchet             distance ×1000 between the embeddings of all captions and true ones (means and covariances)
-  off, a draw         distance to the mean of a caption's true embeddings, in units of their spread, of one z_i (root mean square)
-  off, the mean       the same of the mean of 32 z_i of the caption; true ones are not at 0 either, having 32 as well
+  distance, one draw  distance to the mean of a caption's true embeddings, in units of their spread, of one z_i (root mean square)
+  …, mean of 32       the same of the mean of 32 z_i of the caption; true ones are not at 0 either, having 32 as well
   diversity           1 − mean cosine of two z_i of one under-specified caption, as a share of the true ones'
   seconds             for 1,000 z_i, captions read already
 
@@ -39,6 +39,7 @@ from train import VALUES, Batches, Recipe, describe, random_scene, render, to_te
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
 ROWS = ("true", "diffusion", "autoregressive", "z_t shifted", "z_t")
 STEPS = (64, 10)
+DISTANCES = ("distance, one draw", "distance, mean of 32")
 
 # ----------------------------------------------------------------------------- captions and scenes
 
@@ -167,7 +168,7 @@ def measure(stack, seed, n, seen, shift):
         one, mean = off(group(few[name], 32), group(true_few, 32))
         rows[name] = {"cosine with z_t": float((z_i[name] * z_t).sum(1).mean()),
                       "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, said)])),
-                      "Fréchet": 1000 * frechet(z_i[name], reference), "off, a draw": one, "off, the mean": mean,
+                      "Fréchet": 1000 * frechet(z_i[name], reference), **dict(zip(DISTANCES, (one, mean))),
                       "diversity": float((spread_out(group(many[name], 64)) / spread_out(group(true_many, 64))).mean()),
                       "seconds": seconds[name] * 1000 / n if name in seconds else float("nan")}
     variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, variance=variance: prior.sample(
@@ -192,13 +193,13 @@ def report(results):
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(cell([r[name][c] for r in rows]) for c in columns)} |" for name in ROWS]
     variances = [r["variances"] for r in results]
-    lines += ["", "| Fréchet, one candidate | analytic | fixed-small | difference |", "|---|---|---|---|"]
+    lines += ["", "| Fréchet, one z_i a caption | analytic | fixed-small | difference |", "|---|---|---|---|"]
     for steps in STEPS:
         a, b = (np.array([v[f"{steps} steps, {variance}"] for v in variances]) for variance in ("analytic", "fixed-small"))
         lines.append(f"| {steps} steps | {cell(a)} | {cell(b)} | {cell(a - b)} |")
-    lines += ["", "| less z_t shifted | Fréchet | off, a draw | off, the mean |", "|---|---|---|---|"]
+    lines += ["", f'| difference from "z_t shifted" | Fréchet | {" | ".join(DISTANCES)} |', "|---|---|---|---|"]
     for name in ROWS[1:3]:
-        less = [cell([r[name][c] - r["z_t shifted"][c] for r in rows]) for c in ("Fréchet", "off, a draw", "off, the mean")]
+        less = [cell([r[name][c] - r["z_t shifted"][c] for r in rows]) for c in ("Fréchet", *DISTANCES)]
         lines.append(f"| {name} | {' | '.join(less)} |")
     return "\n".join(lines)
 
