@@ -244,19 +244,14 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks, with CLIP's own initial scales: (B, L, width) → (B, L, width)."""
-
-    def __init__(self, width, layers, heads, hidden_act, causal):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, hidden_act, causal) for _ in range(layers)))
-        for block in self.resblocks:
-            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp["c_proj"].weight, std=(width * 2 * layers) ** -0.5)
-
-    def forward(self, x):
-        return self.resblocks(x)
+def transformer(width, layers, heads, hidden_act, causal):
+    """A stack of blocks under CLIP's name for it, with CLIP's own initial scales: (B, L, width) → (B, L, width)."""
+    blocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, hidden_act, causal) for _ in range(layers)))
+    for block in blocks:
+        nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp["c_proj"].weight, std=(width * 2 * layers) ** -0.5)
+    return nn.ModuleDict({"resblocks": blocks})
 
 
 def positions(side, width):
@@ -304,7 +299,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.positional_embedding = nn.Parameter(torch.cat([torch.zeros(1, width), positions(round(patches ** 0.5), width)]))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, config.hidden_act, causal=False)
+        self.transformer = transformer(width, config.vision_layers, config.vision_heads, config.hidden_act, causal=False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
 
@@ -314,7 +309,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, patches, width)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1)
         x = x + self.positional_embedding  # (B, 1 + patches, width)
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+        return self.ln_post(self.transformer["resblocks"](self.ln_pre(x))[:, 0]) @ self.proj
 
 
 class CLIP(nn.Module):
@@ -325,7 +320,7 @@ class CLIP(nn.Module):
         self.config = config
         width = config.text_width
         self.visual = VisionTransformer(config) if config.vision_layers else None  # Karlo: captions alone
-        self.transformer = Transformer(width, config.text_layers, config.text_heads, config.hidden_act, causal=True)
+        self.transformer = transformer(width, config.text_layers, config.text_heads, config.hidden_act, causal=True)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
         self.ln_final = nn.LayerNorm(width)
@@ -346,7 +341,7 @@ class CLIP(nn.Module):
         tower is causal, so the columns after every caption's end may be cut off without changing anything.
         """
         x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]  # (B, L, text_width)
-        states = self.ln_final(self.transformer(x))
+        states = self.ln_final(self.transformer["resblocks"](x))
         end = ids.argmax(1)
         z_t = states[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
         return states, self.outward(z_t)
@@ -409,10 +404,9 @@ def open_picture(path, data=None, side=None):
                 return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read (its format is unknown)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: not a picture that can be read ({error})") from None
+    except Exception as error:  # a foreign file can make Pillow raise anything
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UserError(f"{path}: not a picture that can be read ({reason})") from None
 
 
 def preprocess_tensor(images, size):
@@ -481,10 +475,10 @@ def reading(path, expected, kind="checkpoint"):
         raise UserError(f"{path}: damaged, or no {kind} ({reason.splitlines()[0][:120]}); expected {expected}") from None
 
 
-def read_checkpoint(path, stage, mmap=False):
+def read_checkpoint(path, stage, mmap=False, clip=None):
     """The dictionary of a checkpoint file, its stage checked; mmap: its tensors stay on the disk until they are used.
 
-    Raises UserError, naming what was expected.
+    clip: (fingerprint, path) of the CLIP that it has to belong to. Raises UserError, naming what was expected.
     """
     with reading(path, f"the {stage} checkpoint that `python train.py {stage}` writes"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -493,6 +487,8 @@ def read_checkpoint(path, stage, mmap=False):
         raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")
     if checkpoint["stage"] != stage:
         raise UserError(f"{path}: is a {checkpoint['stage']!r} checkpoint, expected {stage!r}")
+    if clip and checkpoint.get("clip", clip[0]) != clip[0]:
+        raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {clip[1]} is CLIP {clip[0]}")
     return checkpoint
 
 
@@ -541,12 +537,6 @@ def fingerprint(clip):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().half().flatten().numpy())
     return digest.hexdigest()[:16]
-
-
-def check_clip(checkpoint, path, mark, clip_path):
-    """Raise UserError where a later stage's checkpoint belongs to another CLIP than the one whose fingerprint is `mark`."""
-    if checkpoint.get("clip", mark) != mark:
-        raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, but {clip_path} is CLIP {mark}")
 
 
 # ----------------------------------------------------------------------------- published weights

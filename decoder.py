@@ -508,8 +508,8 @@ def main():
         device = ce.pick_device(args.device)
         picture = ce.open_picture(args.picture)
         path, clip_path = args.weights / "decoder.pt", args.weights / "clip.pt"
-        (clip, tokenizer), checkpoint = ce.load_clip(clip_path), ce.read_checkpoint(path, "decoder")
-        ce.check_clip(checkpoint, path, ce.fingerprint(clip), clip_path)
+        clip, tokenizer = ce.load_clip(clip_path)
+        checkpoint = ce.read_checkpoint(path, "decoder", clip=(ce.fingerprint(clip), clip_path))
         model = ce.load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
         x_0 = ce.to_square(picture, model.config.image_size).to(device)
         z_i = clip.to(device).encode_image(ce.preprocess(picture, clip.config.image_size).to(device))

@@ -499,8 +499,7 @@ def main():
         clip.to(device)
         for stage, network, config in (("prior", DiffusionPrior, PriorConfig), ("ar-prior", ARPrior, ARConfig)):
             path = args.weights / f"{stage}.pt"
-            checkpoint = ce.read_checkpoint(path, stage)
-            ce.check_clip(checkpoint, path, mark, clip_path)
+            checkpoint = ce.read_checkpoint(path, stage, clip=(mark, clip_path))
             model = ce.load_model(network, config, checkpoint, path).to(device)
             for caption in args.captions:
                 text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)

@@ -144,8 +144,7 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
 
     def load(stage):
-        checkpoint = read_checkpoint(paths[stage], stage, mmap=large)
-        clip_embed.check_clip(checkpoint, paths[stage], mark, clip_path)
+        checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
         network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
         return network.to(device, torch.float16 if large and torch.device(device).type == "cuda" else torch.float32)
 

@@ -35,10 +35,9 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -58,7 +57,7 @@ import decoder
 import prior
 import upsample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, preprocess_tensor
-from sample import grid, to_picture
+from sample import generators, grid
 
 # ----------------------------------------------------------------------------- the world of shapes
 
@@ -218,25 +217,18 @@ def write_words(group, said, rng):
     return [lay_out(replace(s, things=(thing,)), rng) for s, thing in zip(group, written)], said
 
 
-def outline(shape):
-    """A shape's corners (n, 2) within the unit circle, y downwards."""
+@lru_cache
+def outlines():
+    """Each shape's corners (n, 2) within the unit circle, y downwards."""
     turn = lambda n, start=-90: np.deg2rad(start + 360 / n * np.arange(n))
     ring = lambda angle: np.stack([np.cos(angle), np.sin(angle)], -1)
-    if shape == "circle":
-        return ring(turn(90))
-    if shape == "square":
-        return ring(turn(4, -45))
-    if shape == "triangle":
-        return ring(turn(3))
-    if shape == "star":
-        return np.stack([ring(turn(5)), 0.42 * ring(turn(5, -54))], 1).reshape(10, 2)
-    if shape == "heart":
-        a = np.deg2rad(np.arange(0, 360, 4))
-        xy = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], -1)
-        return (xy - (0, 2)) / 17.2
-    w = 0.3  # half the width of the cross's arms
-    return np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1),
-                     (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)]) / 1.05
+    a, w = turn(90, 0), 0.3  # w: half the width of the cross's arms
+    heart = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], -1)
+    cross = np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1),
+                      (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)])
+    return {"circle": ring(turn(90)), "square": ring(turn(4, -45)), "triangle": ring(turn(3)),
+            "star": np.stack([ring(turn(5)), 0.42 * ring(turn(5, -54))], 1).reshape(10, 2),
+            "heart": (heart - (0, 2)) / 17.2, "cross": cross / 1.05}
 
 
 def render(scene, side):
@@ -250,7 +242,7 @@ def render(scene, side):
         a = np.deg2rad(thing.tilt)
         place = lambda xy: list(map(tuple, ((xy @ [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) * thing.radius
                                             + (thing.x, thing.y)) * n))
-        shape = place(outline(thing.shape))
+        shape = place(outlines()[thing.shape])
         colour = np.array(COLOURS[thing.colour])
         ImageDraw.Draw(picture).polygon(shape, tuple(colour.tolist()))
         if thing.fill == "striped":  # bars across the thing, mixed with 35% white, cut out by its outline
@@ -450,23 +442,19 @@ def list_pictures(root):
     return [row for row in pictures.values() if row[3]], wrong
 
 
-def check(root, rows):
-    """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
-    def of(name, place, *_):
-        try:
-            if not 0 < place[2] <= 1 << 28:
-                raise UserError(f"{name}: has {place[2]:,} bytes")
-            data = read_part(root, *place)
-            clip_embed.open_picture(name, data, SMALLEST)
-            width, height = Image.open(io.BytesIO(data)).size
-            small = f"{name}: has {width}×{height} pixels, expected at least {SMALLEST} a side"
-            return min(width, height), zlib.crc32(data), small * (min(width, height) < SMALLEST)
-        except UserError as error:
-            return 0, 0, str(error)
-        except Exception as error:  # a foreign file can make Pillow raise anything
-            return 0, 0, f"{name}: not a picture that can be read ({type(error).__name__})"
-
-    return [of(*row) for row in rows]
+def check(root, row):
+    """(shorter side, CRC-32 of the bytes, what is wrong) of a picture, decoded for that."""
+    name, place, *_ = row
+    try:
+        if not 0 < place[2] <= 1 << 28:
+            raise UserError(f"{name}: has {place[2]:,} bytes")
+        data = read_part(root, *place)
+        clip_embed.open_picture(name, data, SMALLEST)
+        width, height = Image.open(io.BytesIO(data), formats=clip_embed.FORMATS).size
+        small = f"{name}: has {width}×{height} pixels, expected at least {SMALLEST} a side"
+        return min(width, height), zlib.crc32(data), small * (min(width, height) < SMALLEST)
+    except (OSError, UserError) as error:
+        return 0, 0, str(error)
 
 
 def gather(folder, out, workers):
@@ -481,9 +469,8 @@ def gather(folder, out, workers):
     out.mkdir(parents=True, exist_ok=True)
     cache = out / f"checked-{name_of([row[:3] for row in rows])}.pt"
     if not cache.exists():
-        loader = DataLoader(rows, 64, collate_fn=partial(check, root), num_workers=workers) if rows else []
-        batches = tqdm(loader, desc="checking pictures", unit="batch")
-        save_atomically([part for batch in batches for part in batch], cache)
+        loader = DataLoader(rows, batch_size=None, collate_fn=partial(check, root), num_workers=workers) if rows else []
+        save_atomically([*tqdm(loader, desc="checking pictures", unit="picture")], cache)
     checks = torch.load(cache, weights_only=True)
     wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in [reason for *_, reason in checks if reason] + wrong]
     (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
@@ -674,16 +661,12 @@ def clip_loss(model, batch, context):
 
 
 def clip_picture(model, batch, context):
-    """Eight pictures against their eight captions: the cosines as a grey square, the pictures along its side."""
+    """Eight pictures against their eight captions: each picture, then its cosines as shades of grey, from 0 to 1."""
     images, captions = batch[0][:8], batch[1][:8]
     z_t = encode_captions(model, context["tokenizer"], captions)[0]["z_t"]
     cosine = (model.encode_image(preprocess_tensor(images, model.config.image_size)) @ z_t.T).clamp(0, 1)
-    sheet = Image.fromarray((cosine * 255).byte().cpu().numpy()).resize((512, 512), Image.Resampling.NEAREST).convert("RGB")
-    canvas = Image.new("RGB", (576, 512))
-    canvas.paste(sheet, (64, 0))
-    for k, image in enumerate(images):
-        canvas.paste(to_picture(image).resize((64, 64)), (0, 64 * k))
-    return canvas
+    shades = (2 * cosine - 1)[..., None, None, None].expand(-1, -1, *images.shape[1:])  # (n, n, 3, H, W)
+    return grid([*torch.cat([images[:, None], shades], 1).flatten(0, 1)], 1 + len(images))
 
 
 @torch.no_grad()
@@ -722,17 +705,12 @@ def prior_loss(model, batch, context, loss=prior.prior_loss):
     return loss(model, context["z_i"][batch[0]].to(context["device"]), *read(batch[1], context))
 
 
-def measure_errors(model, context):
-    """What the diffusion prior needs beside its weights when training ends: the errors behind the analytic variance."""
-    model.errors.copy_(prior.estimate_errors(model, captioned(context, 4)))
-
-
 def prior_picture(model, batch, context, sample=prior.sample):
     """Eight of the pictures captioned, and under each those of the fixed set nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
     rows, known = [numbers], context["z_i"][:FIXED_SCENES].to(context["device"])
     for n in range(3):
-        z_i = sample(model, *read(captions, context), seeds(len(captions), 8 * n))
+        z_i = sample(model, *read(captions, context), generators("prior", 8 * n, range(len(captions))))
         rows.append((z_i @ known.T).argmax(1).tolist())
     pictures = [to_tensor(context["show"](n, 64)).float() / 127.5 - 1 for row in rows for n in row]
     return grid(pictures, len(numbers))
@@ -756,7 +734,7 @@ def decoder_picture(model, batch, context):
     batch = [part[:8] for part in batch]
     images, (text, null) = batch[0], read(batch[1], context)
     z_i = seen(batch, text, context) * (context["given"] != "caption")
-    made = decoder.sample(model, z_i, text, null, seeds(len(images)), steps=25)
+    made = decoder.sample(model, z_i, text, null, generators("decoder", 0, range(len(images))), steps=25)
     return grid([*images, *made], len(images))
 
 
@@ -772,13 +750,9 @@ def upsampler_picture(model, batch, context):
         truth = context["show"](n, c.image_size)
         low = to_tensor(truth.reduce(c.image_size // c.low_size))[None].to(batch[0].device).float() / 127.5 - 1
         enlarged = torch.nn.functional.interpolate(low, (c.image_size,) * 2, mode="bicubic")
-        columns += [enlarged[0], upsample.sample(model, low, seeds(1))[0], to_tensor(truth).float() / 127.5 - 1]
+        made = upsample.sample(model, low, generators(f"upsample-{c.image_size}", 0, [0]))
+        columns += [enlarged[0], made[0], to_tensor(truth).float() / 127.5 - 1]
     return grid(columns, 3)
-
-
-def seeds(n, first=0):
-    """n generators, seeded first, first + 1, …"""
-    return [torch.Generator().manual_seed(first + k) for k in range(n)]
 
 
 # ----------------------------------------------------------------------------- the training loop
@@ -988,7 +962,7 @@ def train(stage, args, device):
     Writes the checkpoint, the CSV, the loss curve and the sample picture every --save-every steps. Raises UserError, and
     KeyboardInterrupt once a Ctrl-C or SIGTERM has been obeyed.
     """
-    (_, _, loss_of, picture_of, *finish), (rank, world) = STAGES[stage], ranks()
+    (_, _, loss_of, picture_of), (rank, world) = STAGES[stage], ranks()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{stage}.pt"
     if path.exists() and not args.resume:
@@ -1043,8 +1017,8 @@ def train(stage, args, device):
             if full or done % args.log_every == 0:
                 rows.append((done, float(np.mean(recent)), rate, measured))
                 recent = []
-            for measure in finish if done == recipe.steps and not rank else ():
-                measure(ema, context)
+            if stage == "prior" and done == recipe.steps and not rank:  # kept beside its weights, for the analytic variance
+                ema.errors.copy_(prior.estimate_errors(ema, captioned(context, 4)))
             if not rank and (full or stop):
                 save_atomically({"stage": stage, "config": asdict(config), "model": ema.state_dict(), **extra, "training": {
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "rows": rows, "recent": recent,
@@ -1250,10 +1224,10 @@ def to_device(batch, device):
     return tuple(part.to(device).float() / 127.5 - 1 if pictures(part) else part for part in batch)
 
 
-# name: (what it needs, network, loss, sample picture, and what is measured when training ends)
+# name: (what it needs, network, loss, sample picture)
 STAGES = {
     "clip": (prepare_clip, clip_embed.CLIP, clip_loss, clip_picture),
-    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture, measure_errors),
+    "prior": (prepare_prior, prior.DiffusionPrior, prior_loss, prior_picture),
     "ar-prior": (prepare_ar_prior, prior.ARPrior, partial(prior_loss, loss=prior.ar_loss),
                  partial(prior_picture, sample=prior.ar_sample)),
     "decoder": (prepare_decoder, decoder.Decoder, decoder_loss, decoder_picture),

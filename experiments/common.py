@@ -23,7 +23,7 @@ import decoder
 import prior
 import sample
 from caption_accuracy import judge, parse_caption, read_scene, relation_of, scene_of
-from clip_embed import UserError, check_clip, fingerprint, load_model, read_checkpoint
+from clip_embed import UserError, fingerprint, load_model, read_checkpoint
 from manipulate import draw_strip, in_batches
 from manipulations import to_images
 from priors import cell, frechet
@@ -63,10 +63,9 @@ def load_network(path, stage, stack, given=None):
 
     given: what a decoder must have been trained on, in place of z_i (train.py --given).
     """
-    checkpoint = read_checkpoint(path, stage)
+    checkpoint = read_checkpoint(path, stage, clip=(fingerprint(stack["clip"]), "that of --weights"))
     if given and checkpoint.get("given") != given:
         raise UserError(f"{path}: was not trained with --given {given}")
-    check_clip(checkpoint, path, fingerprint(stack["clip"]), "that of --weights")
     return load_model(*NETWORKS[stage], checkpoint, path).to(stack["clip"].logit_scale.device)
 
 

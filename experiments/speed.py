@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import clip_embed
 import decoder
 import prior
 import train
@@ -57,22 +56,14 @@ def operations(run):
     return counter.get_total_flops()
 
 
-def contexts(args, device):
-    """A folder with an untrained CLIP of the preset in it: what train.py's stages want to find."""
-    torch.manual_seed(0)
-    context, extra = train.prepare_clip(args, device)
-    clip = clip_embed.CLIP(context["config"])
-    torch.save({"stage": "clip", "config": vars(clip.config), "model": clip.state_dict(), **extra}, args.out / "clip.pt")
-
-
 def one_image(stage, model, batch, context, pictures):
     """(run, share): run() samples `pictures` images of a stage in a few steps, `share` of the default number of steps."""
-    seeds = train.seeds(pictures)
+    seeds = [torch.Generator().manual_seed(k) for k in range(pictures)]
     if stage in ("prior", "decoder"):
         text, null = train.read(["a red circle"] * pictures, context)
         if stage == "prior":
             return lambda: prior.sample(model, text, null, seeds, steps=8), 8 / 64
-        return lambda: decoder.sample(model, text["z_t"], text, null, seeds, steps=5), 5 / 50
+        return lambda: decoder.sample(model, text["z_t"], text, null, seeds, steps=5), 5 / model.config.steps
     low = torch.zeros(pictures, 3, model.config.low_size, model.config.low_size, device=batch[0].device)
     return lambda: upsample.sample(model, low, seeds, steps=3), 3 / model.config.steps
 
@@ -82,7 +73,7 @@ def measure(stage, args, device, peak):
     (prepare, build, loss_of, *_), recipe = train.STAGES[stage], train.RECIPES[args.preset][stage]
     recipe = train.replace(recipe, batch_size=args.batch_size or recipe.batch_size)
     context, _ = prepare(args, device)
-    context |= {"device": device, "seed": 0}
+    context |= {"device": device, "seed": 0, "alone": False, "scale": recipe.scale}
     model = build(context["config"]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch = train.to_device(train.Batches(stage, recipe, 0, context["config"])[0], device)
@@ -126,11 +117,9 @@ def main():
         if args.batch_size is not None and not 2 <= args.batch_size <= 65536:
             raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
         device = pick_device(args.device)
-        args.out, args.seed, args.workers, args.dry_run, args.given = Path(folder), 0, 0, False, "z_i"
-        args.data = args.clip = args.bpe = None
-        train.FIXED_SCENES = 64  # the prior's set need only be there
+        args.out, args.seed, args.workers, args.given = Path(folder), 0, 0, "z_i"
+        args.data, args.clip, args.bpe, args.dry_run = None, None, None, True  # as the dry run: an untrained CLIP will do
         peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
-        contexts(args, device)
         rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]
         print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads; a matrix product reaches "
               f"{peak / 1e9:.3g} G operations a second.\n")

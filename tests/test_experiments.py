@@ -1,5 +1,7 @@
 """The measurements under experiments/, each on a case whose answer is known."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import linear_probes
 import speed
 import stages
 import sweep
+import train
 import upsamplers
 from train import COLOURS, VALUES, Thing, describe, lay_out, random_scene, render, to_tensor
 
@@ -50,6 +53,16 @@ def test_rivals_are_scenes_that_the_caption_is_wrong_of():
         left, right = linear_probes.left_and_right(scene)
         assert scene.relation not in ("left of", "right of") or left.x < right.x
         assert caption_accuracy.judge(scene, caption)["all"]
+
+
+@pytest.mark.slow
+def test_the_speed_of_every_stage_can_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "seconds", lambda run, device: (run(), 2.0)[1])
+    args = Namespace(preset="shapes", batch_size=8, precision="float32", data=None, clip=None, bpe=None, given="z_i", out=tmp_path,
+                     seed=0, workers=0, words=0.0, dry_run=True)
+    for stage in train.STAGES:
+        name, parameters, batch, images_s, *_ = speed.measure(stage, args, torch.device("cpu"), 1e12)
+        assert (name, batch, images_s) == (stage, "8", "4") and float(parameters.split()[0]) > 1
 
 
 def test_operations_of_a_matrix_product_are_counted():
