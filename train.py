@@ -622,10 +622,10 @@ class Recipe:
 RECIPES = {
     "shapes": {"clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75), scale=15.0),
                "prior": Recipe(128, 2400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
-               "ar-prior": Recipe(64, 2000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
-               "decoder": Recipe(16, 20500, 8e-4, ema_decay=0.999),
-               "upsample-256": Recipe(16, 1500, 5e-4, ema_decay=0.999),
-               "upsample-1024": Recipe(16, 400, 5e-4, ema_decay=0.999)},
+               "ar-prior": Recipe(64, 4000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
+               "decoder": Recipe(16, 34000, 6e-4, ema_decay=0.999),
+               "upsample-256": Recipe(16, 4500, 5e-4, ema_decay=0.999),
+               "upsample-1024": Recipe(16, 1200, 5e-4, ema_decay=0.999)},
     "laptop": {"clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),  # whole: each row meets all others
                "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6, at_once=128),
                "ar-prior": Recipe(256, 100000, 1.6e-4, 0.04, 0.91, 1e-10, 0.999, at_once=16),

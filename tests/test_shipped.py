@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import sample
+from caption_accuracy import draw_and_score
+from sweep import captions_of
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu"]
@@ -18,6 +20,8 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     stack = sample.load_stack(sample.SHIPPED, "cpu", 1024)
     assert set(stack) == {"clip", "tokenizer", "prior", "decoder", "upsample-256", "upsample-1024"}
     assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
+    config = stack["decoder"].config  # as --help says
+    assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (20, 4, 3.0, 64)
 
 
 # A process begins with its parent's peak memory as its own: so a small one stands between it and the tests.
@@ -45,3 +49,11 @@ def test_16_captions_at_64_pixels_in_45_seconds(tmp_path):
     paths, seconds, _ = run_for(["a striped heart left of a cross"] * 16 + ["--size", "64", "--out", str(tmp_path)])
     print(f"{seconds:.1f} s")
     assert len(paths) == 16 and seconds < 45
+
+
+@pytest.mark.slow
+def test_shapes_and_their_colours_are_mostly_right():
+    bound = [verdict["bound"] for _, verdict, _ in draw_and_score(sample.load_stack(), captions_of(32, seed=7), seed=7)]
+    one, two = sum(bound[::2]), sum(bound[1::2])
+    print(f"one thing {one} / 16, two things {two} / 16")
+    assert one >= 14 and two >= 8
