@@ -442,9 +442,13 @@ def list_pictures(root):
     return [row for row in pictures.values() if row[3]], wrong
 
 
-def check(root, row):
-    """(shorter side, CRC-32 of the bytes, what is wrong) of a picture, decoded for that."""
-    name, place, *_ = row
+def check(root, rows):
+    """[(shorter side, CRC-32 of the bytes, what is wrong)] of pictures, each decoded for that."""
+    return [check_one(root, *row[:2]) for row in rows]
+
+
+def check_one(root, name, place):
+    """check's answer for one picture."""
     try:
         if not 0 < place[2] <= 1 << 28:
             raise UserError(f"{name}: has {place[2]:,} bytes")
@@ -469,8 +473,8 @@ def gather(folder, out, workers):
     out.mkdir(parents=True, exist_ok=True)
     cache = out / f"checked-{name_of([row[:3] for row in rows])}.pt"
     if not cache.exists():
-        loader = DataLoader(rows, batch_size=None, collate_fn=partial(check, root), num_workers=workers) if rows else []
-        save_atomically([*tqdm(loader, desc="checking pictures", unit="picture")], cache)
+        loader = DataLoader(rows, 64, collate_fn=partial(check, root), num_workers=workers) if rows else []
+        save_atomically([*chain.from_iterable(tqdm(loader, desc="checking pictures", unit="batch"))], cache)
     checks = torch.load(cache, weights_only=True)
     wrong = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in [reason for *_, reason in checks if reason] + wrong]
     (out / "skipped.txt").write_text("".join(line + "\n" for line in wrong), "utf-8", "backslashreplace")
