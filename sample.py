@@ -76,7 +76,7 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
         for first in range(0, len(captions), most):
             pictures = range(first, min(first + most, len(captions)))
             with torch.autocast(device.type, torch.float16, enabled=half):
-                parts.append(run(network, pictures, generators(stage, seed, pictures)).float().cpu())
+                parts.append(run(network, pictures, partial(generators, stage, seed, pictures)).float().cpu())
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
         return torch.cat(parts)
 
@@ -87,17 +87,17 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
 
     if prior_kind == "diffusion":
         z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
-            network, of(pictures), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar))
+            network, of(pictures), null, noise(), prior_guidance, prior_steps, variance=variance, bar=bar))
     elif prior_kind == "ar":
         z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
-            network, of(pictures), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
+            network, of(pictures), null, noise(), 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
     else:
         z_i = text["z_t"] * (prior_kind == "text")
 
-    def decode(network, pictures, _):
+    def decode(network, pictures, noise):
         clip, some = stack["clip"], of(pictures)
-        drawn = [decoder.sample(network, z_i[list(pictures)].to(device), some, null, generators("decoder", seed, pictures, c),
-                                decoder_guidance, decoder_steps, eta, bar=bar)
+        drawn = [decoder.sample(network, z_i[list(pictures)].to(device), some, null, noise(c), decoder_guidance, decoder_steps, eta,
+                                bar=bar)
                  for c in range(candidates or network.config.candidates)]
         if len(drawn) == 1:
             return drawn[0]
@@ -110,7 +110,7 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
         small = images
         images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
-            network, small[list(pictures)].to(device), noise, steps, bar=bar))
+            network, small[list(pictures)].to(device), noise(), steps, bar=bar))
     return images
 
 
