@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clip_embed import UserError, encode_captions, load_clip, one_line_errors, pick_device
-from priors import embed
+from clip_embed import UserError, load_clip, one_line_errors, pick_device
+from priors import draw, embed
 from sample import SHIPPED
 from train import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene
 
@@ -46,7 +46,7 @@ def directions(z):
     return values, float(values.sum() ** 2 / values.square().sum())
 
 
-def labels(values, found):
+def places(values, found):
     """The places of what was found in a sequence of values, as a tensor."""
     return torch.tensor([list(values).index(each) for each in found])
 
@@ -65,12 +65,11 @@ def rivals(scene):
     return swapped | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
 
 
-def preferred(clip, tokenizer, scenes, z_i):
+def preferred(stack, scenes, z_i):
     """{name of a rival: (how often z_i (n, d) of scenes prefers their own caption to the rival's, of how many)}."""
     def read(some):  # everything is said, in the same wording
         said = {(k, a) for k in range(2) for a in ("colour", "size", "fill")} | {"relation", "background"}
-        captions = [describe(scene, said, np.random.default_rng(k)) for k, scene in some]
-        return torch.cat([encode_captions(clip, tokenizer, captions[k:k + 250])[0]["z_t"].cpu() for k in range(0, len(captions), 250)])
+        return draw(stack, [describe(scene, said, np.random.default_rng(k)) for k, scene in some], 0, {})[0]
 
     own, result = (z_i * read(enumerate(scenes))).sum(1), {}
     others = [rivals(scene) for scene in scenes]
@@ -94,7 +93,7 @@ def main():
         if not 100 <= args.n <= 1_000_000 or not 0 <= args.seed < 1 << 48:
             raise UserError("--n must be between 100 and 1000000, --seed between 0 and 2^48")
         clip, tokenizer = load_clip(args.clip)
-        stack, rng = {"clip": clip.to(pick_device(args.device))}, np.random.default_rng([args.seed, 1 << 55])
+        stack, rng = {"clip": clip.to(pick_device(args.device)), "tokenizer": tokenizer}, np.random.default_rng([args.seed, 1 << 55])
         one = [random_scene(rng, 1) for _ in range(args.n)]
         two = []
         while len(two) < args.n:
@@ -108,14 +107,14 @@ def main():
         print(f"| {len(values)} | {ratio:.1f} | {' | '.join(f'{float(values[:k].sum() / values.sum()):.1%}' for k in counts)} |\n")
         print("| a linear probe names | alone | the left of two | the right of two | by chance |\n|---|---|---|---|---|")
         for a, options in VALUES.items():
-            shares = [named(z_one, labels(options, [getattr(s.things[0], a) for s in one]))]
-            shares += [named(z_two, labels(options, [getattr(left_and_right(s)[k], a) for s in two])) for k in range(2)]
+            shares = [named(z_one, places(options, [getattr(s.things[0], a) for s in one]))]
+            shares += [named(z_two, places(options, [getattr(left_and_right(s)[k], a) for s in two])) for k in range(2)]
             print(f"| {a} | {' | '.join(f'{share:.1%}' for share in shares)} | {1 / len(options):.1%} |")
-        print(f"| background | {named(z_one, labels(BACKGROUNDS, [s.background for s in one])):.1%} | – | – | {1 / len(BACKGROUNDS):.1%} |\n")
+        print(f"| background | {named(z_one, places(BACKGROUNDS, [s.background for s in one])):.1%} | – | – | {1 / len(BACKGROUNDS):.1%} |\n")
         pairs = [scene for scene in mixed if len(scene.things) == 2]
         z_pairs = z_mixed[[len(scene.things) == 2 for scene in mixed]]
         print("| two things: the true caption against | preferred | of |\n|---|---|---|")
-        for name, (share, of) in preferred(clip, tokenizer, pairs, z_pairs).items():
+        for name, (share, of) in preferred(stack, pairs, z_pairs).items():
             print(f"| {name} | {share:.1%} | {of:,} |")
 
 

@@ -165,10 +165,10 @@ def measure(stack, seed, n, seen, shift):
     rows = {}
     for name in ROWS:
         near = (z_i[name][:1000] @ reference[:1000].T).argmax(1).tolist()
-        one, mean = off(group(few[name], 32), group(true_few, 32))
         rows[name] = {"cosine with z_t": float((z_i[name] * z_t).sum(1).mean()),
                       "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, said)])),
-                      "Fréchet": 1000 * frechet(z_i[name], reference), **dict(zip(DISTANCES, (one, mean))),
+                      "Fréchet": 1000 * frechet(z_i[name], reference),
+                      **dict(zip(DISTANCES, off(group(few[name], 32), group(true_few, 32)))),
                       "diversity": float((spread_out(group(many[name], 64)) / spread_out(group(true_many, 64))).mean()),
                       "seconds": seconds[name] * 1000 / n if name in seconds else float("nan")}
     variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, variance=variance: prior.sample(

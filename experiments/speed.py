@@ -27,6 +27,7 @@ import prior
 import train
 import upsample
 from clip_embed import UserError, one_line_errors, pick_device
+from sample import generators
 
 
 def seconds(run, device, least=2.0):
@@ -58,11 +59,11 @@ def operations(run):
 
 def one_image(stage, model, batch, context, pictures):
     """(run, share): run() samples `pictures` images of a stage in a few steps, `share` of the default number of steps."""
-    seeds = [torch.Generator().manual_seed(k) for k in range(pictures)]
+    seeds = generators(stage, 0, range(pictures))
     if stage in ("prior", "decoder"):
         text, null = train.read(["a red circle"] * pictures, context)
         if stage == "prior":
-            return lambda: prior.sample(model, text, null, seeds, steps=8), 8 / 64
+            return lambda: prior.sample(model, text, null, seeds, steps=8), 8 / model.config.steps
         return lambda: decoder.sample(model, text["z_t"], text, null, seeds, steps=5), 5 / model.config.steps
     low = torch.zeros(pictures, 3, model.config.low_size, model.config.low_size, device=batch[0].device)
     return lambda: upsample.sample(model, low, seeds, steps=3), 3 / model.config.steps
@@ -70,14 +71,12 @@ def one_image(stage, model, batch, context, pictures):
 
 def measure(stage, args, device, peak):
     """One row of the table, as a list of strings."""
-    (prepare, build, loss_of, *_), recipe = train.STAGES[stage], train.RECIPES[args.preset][stage]
-    recipe = train.replace(recipe, batch_size=args.batch_size or recipe.batch_size)
-    context, _ = prepare(args, device)
-    context |= {"device": device, "seed": 0, "alone": False, "scale": recipe.scale}
+    (_, build, loss_of, *_), (recipe, context, _) = train.STAGES[stage], train.prepared(stage, args, device)
+    context["alone"] = False
     model = build(context["config"]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch = train.to_device(train.Batches(stage, recipe, 0, context["config"])[0], device)
-    low = args.precision == "bfloat16"
+    low = context["low"]
 
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=low), train.attention_kernel(device, low):
@@ -118,6 +117,7 @@ def main():
             raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
         device = pick_device(args.device)
         args.out, args.seed, args.workers, args.given = Path(folder), 0, 0, "z_i"
+        args.steps = args.learning_rate = args.words = None
         args.data, args.clip, args.bpe, args.dry_run = None, None, None, True  # as the dry run: an untrained CLIP will do
         peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
         rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]
