@@ -63,16 +63,17 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional (§2, fig. 2).
 
     prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
-    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. candidates: decodings
-    of a z_i, of which the one is kept whose CLIP embedding has the largest dot product with z_t; of "" the first. `seconds`, a
-    dictionary, gathers the time that each stage took. Raises UserError where candidates are to be compared by a CLIP without eyes.
+    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. candidates: pictures
+    drawn for each caption, of z_i and noise of their own; the one whose CLIP embedding has the largest dot product with z_t is
+    kept, of "" the first. `seconds`, a dictionary, gathers the time that each stage took. Raises UserError where candidates are
+    to be compared by a CLIP without eyes.
     """
-    seconds = {} if seconds is None else seconds
+    seconds, configs = {} if seconds is None else seconds, {}
     device = stack["clip"].logit_scale.device
 
     def in_batches(stage, most, run, kind=None):
         began, parts, network = time.perf_counter(), [], stack[kind or stage]
-        half = next(network.parameters()).dtype == torch.float16
+        half, configs[stage] = next(network.parameters()).dtype == torch.float16, network.config
         for first in range(0, len(captions), most):
             pictures = range(first, min(first + most, len(captions)))
             with torch.autocast(device.type, torch.float16, enabled=half):
@@ -85,28 +86,31 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     def of(pictures):
         return {k: v[pictures.start:pictures.stop] for k, v in text.items()}
 
-    if prior_kind == "diffusion":
-        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
-            network, of(pictures), null, noise(), prior_guidance, prior_steps, variance=variance, bar=bar))
-    elif prior_kind == "ar":
-        z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
-            network, of(pictures), null, noise(), 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
-    else:
-        z_i = text["z_t"] * (prior_kind == "text")
+    def candidate(c):
+        if prior_kind == "diffusion":
+            z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.sample(
+                network, of(pictures), null, noise(c), prior_guidance, prior_steps, variance=variance, bar=bar))
+        elif prior_kind == "ar":
+            z_i = in_batches("prior", 256, lambda network, pictures, noise: prior.ar_sample(
+                network, of(pictures), null, noise(c), 1.0 if prior_guidance is None else prior_guidance, bar=bar), "ar-prior")
+        else:
+            z_i = text["z_t"] * (prior_kind == "text")
+        return in_batches("decoder", BATCH[64], lambda network, pictures, noise: decoder.sample(
+            network, z_i[list(pictures)].to(device), of(pictures), null, noise(c), decoder_guidance, decoder_steps, eta, bar=bar))
 
-    def decode(network, pictures, noise):
-        clip, some = stack["clip"], of(pictures)
-        drawn = [decoder.sample(network, z_i[list(pictures)].to(device), some, null, noise(c), decoder_guidance, decoder_steps, eta,
-                                bar=bar)
-                 for c in range(candidates or network.config.candidates)]
-        if len(drawn) == 1:
-            return drawn[0]
-        fit = torch.stack([(clip.encode_image(clip_embed.preprocess_tensor(images, clip.config.image_size)) * some["z_t"]).sum(1)
-                           for images in drawn])
-        best = [fit[:, n].argmax() if captions[k] else 0 for n, k in enumerate(pictures)]
-        return torch.stack([drawn[c][n] for n, c in enumerate(best)])
+    def fit(images):
+        clip = stack["clip"]
+        z_i = torch.cat([clip.encode_image(clip_embed.preprocess_tensor(some.to(device), clip.config.image_size))
+                         for some in images.split(BATCH[64])])
+        return (z_i * text["z_t"]).sum(1).cpu() * torch.tensor([caption != "" for caption in captions])
 
-    images = in_batches("decoder", BATCH[64], decode)
+    images = candidate(0)
+    candidates = candidates or configs["decoder"].candidates
+    best = fit(images) if candidates > 1 else None
+    for c in range(1, candidates):
+        others = candidate(c)
+        fits = fit(others)
+        images[fits > best], best = others[fits > best], torch.maximum(fits, best)
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
         small = images
         images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(
@@ -146,7 +150,8 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     def load(stage):
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
         network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
-        return network.to(device, torch.float16 if large and torch.device(device).type == "cuda" else torch.float32)
+        half = large and torch.device(device).type == "cuda"
+        return network.to(device, torch.float16 if half else torch.float32, memory_format=torch.channels_last)  # convolves faster
 
     clip.to(device)
     return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
@@ -225,8 +230,8 @@ def main():
                         help="of the diffusion prior's steps (default analytic, as in the paper)")
     parser.add_argument("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, help="default 20, for a laptop (the paper: 250)")
-    parser.add_argument("--candidates", type=int, help="decodings a picture, of which the one is kept that CLIP finds nearest to "
-                        "the caption: default 4 (the paper: 1)")
+    parser.add_argument("--candidates", type=int, help="pictures drawn for one, each of a z_i and noise of its own, of which "
+                        "the one is kept that CLIP finds nearest to the caption: default 4 (the paper: 1)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
                         "as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),

@@ -66,7 +66,7 @@ def load_network(path, stage, stack, given=None):
     checkpoint = read_checkpoint(path, stage, clip=(fingerprint(stack["clip"]), "that of --weights"))
     if given and checkpoint.get("given") != given:
         raise UserError(f"{path}: was not trained with --given {given}")
-    return load_model(*NETWORKS[stage], checkpoint, path).to(stack["clip"].logit_scale.device)
+    return load_model(*NETWORKS[stage], checkpoint, path).to(stack["clip"].logit_scale.device, memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------- pictures

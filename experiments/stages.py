@@ -31,15 +31,15 @@ from train import describe, random_scene, what_to_say
 COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound", "all")
 
 
-def enlarged(stack, images, seed, size, device):
-    """Images (n, 3, 64, 64) through the upsamplers to `size`, and back to 64 by averaging."""
-    out = []
-    for k, image in enumerate(tqdm(images, f"to {size}")):
-        for large in sample.SIZES[1:sample.SIZES.index(size) + 1]:
-            stage = f"upsample-{large}"
-            image = upsample.sample(stack[stage], image[None].to(device), sample.generators(stage, seed, [k]))[0]
-        out.append(torch.nn.functional.avg_pool2d(image.cpu(), size // 64))
-    return torch.stack(out)
+def enlarged(stack, images, seed, device):
+    """Images (n, 3, 64, 64) through both upsamplers, {256 and 1024: scaled back to 64 by averaging}."""
+    out = {size: [] for size in sample.SIZES[1:]}
+    for k, image in enumerate(tqdm(images, "upsamplers")):
+        image = image[None].to(device)
+        for size in out:
+            image = upsample.sample(stack[f"upsample-{size}"], image, sample.generators(f"upsample-{size}", seed, [k]))
+            out[size].append(torch.nn.functional.avg_pool2d(image.cpu(), size // 64)[0])
+    return {size: torch.stack(some) for size, some in out.items()}
 
 
 def cells(images, captions):
@@ -53,7 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description="Read back what the decoder draws from the true z_i, the prior's or none, with "
                                      "the caption and without, and what the upsamplers keep of it.")
     parser.add_argument("--n", type=int, default=200, help="captions (default 200)")
-    parser.add_argument("--large", type=int, default=50, help="of them through both upsamplers, 10 s each (default 50; 0: none)")
+    parser.add_argument("--large", type=int, default=50, help="of them through both upsamplers, twice 5 s each (default 50; 0: none)")
     parser.add_argument("--things", type=int, choices=(1, 2), help="only scenes of so many things")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
@@ -78,8 +78,8 @@ def main():
         if args.large:
             for name, small in (("the true 64s", true), ("the prior's 64s", rows["prior's z_i, caption"])):
                 small = small[:args.large]
-                rows |= {f"{name}, first {args.large}": small} | {f"{name}, at {size}, scaled back":
-                         enlarged(stack, small, args.seed, size, device) for size in sample.SIZES[1:]}
+                rows |= {f"{name}, first {args.large}": small} | {
+                    f"{name}, at {size}, scaled back": back for size, back in enlarged(stack, small, args.seed, device).items()}
         print(f"| | {' | '.join(COLUMNS)} |" + "\n|---" + "|---" * len(COLUMNS) + "|")
         numbers = {name: cells(images, captions) for name, images in rows.items()}
         for name, row in numbers.items():
