@@ -475,12 +475,13 @@ def reading(path, expected, kind="checkpoint"):
         raise UserError(f"{path}: damaged, or no {kind} ({reason.splitlines()[0][:120]}); expected {expected}") from None
 
 
-def read_checkpoint(path, stage, mmap=False, clip=None):
+def read_checkpoint(path, stage, mmap=False, clip=None, writer=None):
     """The dictionary of a checkpoint file, its stage checked; mmap: its tensors stay on the disk until they are used.
 
-    clip: (fingerprint, path) of the CLIP that it has to belong to. Raises UserError, naming what was expected.
+    clip: (fingerprint, path) of the CLIP that it has to belong to; writer: the command that writes such files, where it is not
+    train.py. Raises UserError, naming what was expected.
     """
-    with reading(path, f"the {stage} checkpoint that `python train.py {stage}` writes"):
+    with reading(path, f"the {stage} checkpoint that `python {writer or f'train.py {stage}'}` writes"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in
                                                    (("stage", str), ("config", dict), ("model", dict))):

@@ -468,8 +468,9 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
 
     The sampler's last step only takes noise away, so it has many inverses. Ours puts noise in: it starts from
     x_t ~ q(x_t|x_0) on the lowest rung, drawn from the generators, one a picture. Started at x_0 itself, DDIM meets pictures
-    without noise, as drawn or 8-bit ones are; the network rightly sees none, and the x_T that it ends with keeps half of
-    the variance that noise has. The price is what the decoder loses in taking noise of 0.04 away: about 45 dB are left.
+    without noise, as drawn or 8-bit ones are; the network rightly sees none, and the x_T that it ends with has less than a
+    tenth of the variance that noise has. The price is what the decoder loses in taking noise of 0.04 away: about 49 dB are
+    left. x_T is then nearly the noise put in, plus a little in which the rest of the picture is written.
     Above, the step t → s moves along ε(x_t, t), yet x_t is what is sought: the ε of the rung below gives a first guess
     of x_t, and ε at the guess gives x_t, for one network call a step.
     """

@@ -4,7 +4,8 @@
              └─► DDIM run backwards ─► x_T ──────┴─► DDIM ─► picture   z_i and x_T together: all of it
 
 In:   pictures of any size or kind, or latent files, a (z_i, x_T) kept by --save-latent
-Out:  in --out a labelled strip and its single frames, never over an old file; their paths on stdout, all else on stderr
+Out:  in --out a labelled strip and its single frames, under new numbers; their paths on stdout, all else on stderr. --out
+      NAME.png and --save-latent NAME.pt take the place of a file of that name
 
 Variations draw fresh noise on the way from x_T (§3.1), interpolations turn one code into another (§3.2), text diffs push
 z_i along the difference of two captions (§3.3), reconstructions keep z_i's first principal components (§4). Nothing is
@@ -81,6 +82,8 @@ def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False):
     captions: one for all or one for each of B. Of the B · n pictures the k-th draws its noise from seed + k, where η asks
     for any. Raises UserError.
     """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta:g}: must be between 0 and 1")
     (B, n, _), device = z_i.shape, stack["clip"].logit_scale.device
     captions = [caption for caption in one_each(captions, B) for _ in range(n)]
     z_i, x_T, noise = z_i.flatten(0, 1), x_T.flatten(0, 1), generators("decoder", seed, range(B * n))
@@ -125,8 +128,10 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
     """Pictures on the way from codes a to codes b, each (z_i, x_T): (B, rows, frames, 3, 64, 64) (§3.2, fig. 4).
 
     noise "slerp": x_T turns along with z_i, one row, whose ends are both reconstructions. "fixed": each row keeps noise
-    of its own, the same for every pair, and only what is shown changes.
+    of its own, the same for every pair, and only what is shown changes. Raises UserError.
     """
+    if noise not in ("slerp", "fixed") or frames < 2:
+        raise UserError(f'noise {noise!r}, {frames} frames: must be "slerp" or "fixed", and at least 2')
     z_i, between = (torch.stack([slerp(*ends, k / (frames - 1)) for k in range(frames)], 1) for ends in zip(a, b))
     fixed = decoder.randn(generators("decoder", seed, range(rows)), (rows, *a[1].shape[1:]), "cpu")
     return torch.stack([decode(stack, z_i, x_T.expand_as(between), captions, 0, steps, bar=bar)
@@ -140,6 +145,8 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
     z_d = z_t − z_t0, normalized, and z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays. source None: z_d = z_t (the
     paper's footnote). to, source: one for all or one each. Raises UserError, also where two captions say the same to CLIP.
     """
+    if frames < 2:
+        raise UserError(f"{frames} frames: must be at least 2")
     read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, len(z_i)))[0]["z_t"].cpu()
     z_d = read(to) if source is None else read(to) - read(source)
     if (z_d.norm(dim=1) < 1e-4).any():
@@ -173,7 +180,7 @@ def save_latent(path, stack, z_i, x_T, caption, steps):
 
 def load_latent(path, stack):
     """(z_i (1, d), x_T (1, 3, 64, 64), caption, steps) of a latent file. Raises UserError, also for another decoder's."""
-    checkpoint, c = read_checkpoint(path, "latent"), stack["decoder"].config
+    checkpoint, c = read_checkpoint(path, "latent", writer="manipulate.py --save-latent"), stack["decoder"].config
     config, halves = checkpoint["config"], checkpoint["model"]
     if config.get("decoder") != clip_embed.fingerprint(stack["decoder"]):
         raise UserError(f"{path}: belongs to another decoder than the one in --weights; make it anew")
@@ -190,8 +197,8 @@ def load_latent(path, stack):
 def codes(stack, paths, caption, steps, seed):
     """([(z_i (1, d), x_T (1, 3, 64, 64)) of each], caption, steps) of pictures and latent files; new pictures are inverted.
 
-    caption and steps None: as the latent files say, else none and 50. How well each inversion decodes goes to stderr.
-    Raises UserError.
+    caption and steps None: as the latent files say, else none and 50. Picture k is inverted with seed + k, so that two have
+    noise of their own. How well each inversion decodes goes to stderr. Raises UserError.
     """
     latents = {path: load_latent(path, stack) for path in paths if Path(path).suffix == ".pt"}
     for path, (*_, said, taken) in latents.items():
@@ -199,12 +206,12 @@ def codes(stack, paths, caption, steps, seed):
         if (said, taken) != (caption, steps):
             raise UserError(f"{path}: was inverted with caption {said!r} in {taken} steps, so not with {caption!r} in {steps}")
     caption, steps, pairs = caption or "", steps or 50, []
-    for path in paths:
+    for k, path in enumerate(paths):
         if path in latents:
             pairs.append(latents[path][:2])
             continue
         image = load_picture(stack, path)
-        pairs.append(invert(stack, image, caption, steps, seed, bar=True))
+        pairs.append(invert(stack, image, caption, steps, seed + k, bar=True))
         again = decode(stack, *(half[:, None] for half in pairs[-1]), caption, 0, steps, bar=True)[:, 0]
         x_0 = F.interpolate(image, again.shape[-1], mode="bicubic", antialias=True).clamp(-1, 1)
         quality = -10 * math.log10(max(1e-12, float(((x_0 - again) / 2).square().mean())))
@@ -294,8 +301,21 @@ def main():
         if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
             raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the "
                             f"{len(args.pictures)} pictures")
+        if args.out.suffix.lower() != ".png" and args.out.suffix.lower() in Image.registered_extensions():
+            raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png; any other name is a folder's")
+        for path in [*map(Path, args.save_latent), args.out / "frame" if args.out.suffix != ".png" else args.out]:
+            try:  # now, not after minutes of work
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{path.parent}: cannot write there ({error})") from None
         kind = "ar" if args.command == "reconstruct" else "none"  # the autoregressive prior keeps z_i's components
         stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip, args.bpe)
+        if kind == "ar":
+            mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
+            kept = len(components)
+            counts = args.components or [*(2 ** n for n in range(20) if 2 ** n < kept), kept]
+            if max(counts) > kept:
+                raise UserError(f"--components {max(counts)}: {args.weights}'s ar-prior.pt keeps {kept} components of z_i")
         pairs, caption, steps = codes(stack, args.pictures, args.caption, args.steps, args.seed)
         for path, pair in zip(args.save_latent, pairs):
             save_latent(path, stack, *pair, caption, steps)
@@ -313,9 +333,6 @@ def main():
         else:
             noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), (args.rows, *x_T.shape[1:]), "cpu")
             z_i, x_T = z_i.expand(args.rows, -1), torch.cat([x_T, noise])[:args.rows]
-            mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
-            kept = len(components)
-            counts = args.components or [*(2 ** n for n in range(20) if 2 ** n < kept), kept]
             images = pca_reconstruct(stack, z_i, x_T, mean, components, counts, **options)
             labels = [[f"k {k}" for k in counts]] * args.rows
         made = torch.cat([row[:len(names)] for row, names in zip(images, labels)])

@@ -321,7 +321,7 @@ def generated(args):
     options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_", "candidates"))}
     captions = []
     for k in range(args.n):
-        rng = np.random.default_rng([args.seed, k])
+        rng = np.random.default_rng([args.seed, 1 << 22, k])  # no training's numbers
         scene = random_scene(rng, args.things, args.held_out)
         captions.append(args.caption or describe(scene, what_to_say(scene, rng), rng))
     return list(tqdm(draw_and_score(stack, captions, args.seed, args.size, **options), "pictures", args.n))
@@ -349,7 +349,7 @@ def main():
         help='files to score, with their caption in the text chunk "caption" (default: generate pictures)')
     add("--self-test", type=int, default=1000, metavar="N", help="true renderings to score first (default 1000)")
     add("--n", type=int, default=200, help="pictures to generate (default 200; 0: only the self-test)")
-    add("--seed", type=int, default=0, help="picture k: caption from (seed, k), noise from seed + k (default 0)")
+    add("--seed", type=int, default=0, help="of captions and noise; picture k has noise of seed + k (default 0)")
     add("--size", type=int, default=64, choices=sample.SIZES, help="pixels a side (default 64)")
     add("--caption", help="one caption for all pictures; of a single thing's, the spread of place and radius is printed")
     add("--things", type=int, choices=(1, 2), help="only captions of so many things")

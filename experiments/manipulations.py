@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoder
@@ -34,7 +35,7 @@ THETAS = 8  # maxima of text diffs to choose from, 0.1 apart
 
 def scenes_of(part, n, seed, make=random_scene):
     """n scenes of a part's own, from random numbers that no training uses."""
-    return [make(np.random.default_rng([seed, part, 0, k])) for k in range(n)]
+    return [make(np.random.default_rng([seed, 1 << 56, part, k])) for k in range(n)]
 
 
 def to_images(scenes):
@@ -82,18 +83,22 @@ def inversion(stack, args):
     for steps in args.steps:
         z_i, x_T = manipulate.invert(stack, images, steps=steps, seed=args.seed, bar=True)
         again = manipulate.decode(stack, z_i[:, None], x_T[:, None], steps=steps, bar=True)[:, 0]
-        quality, pixels = psnr(images, again), x_T.flatten(1)
-        beside = lambda x, y: ((x * y).flatten(1).mean(1) / pixels.square().mean(1))  # correlation of neighbours, mean 0
-        neighbours = torch.stack([beside(x_T[..., 1:], x_T[..., :-1]), beside(x_T[..., 1:, :], x_T[..., :-1, :])])
+        put_in = decoder.randn(sample.generators("prior", args.seed, range(args.n)), x_T.shape, "cpu")  # by decoder.invert
+        pixels, centred = x_T.flatten(1), x_T - x_T.mean((1, 2, 3), keepdim=True)
+        along = lambda x, y: (x * y).flatten(1).mean(1) / pixels.var(1)  # the correlation of x and y, of x_T's variance both
+        beside = torch.stack([along(centred[..., 1:], centred[..., :-1]), along(centred[..., 1:, :], centred[..., :-1, :])])
+        measured = {"PSNR of the reconstruction, dB": psnr(images, again), "mean of x_T": pixels.mean(1),
+                    "variance of x_T": pixels.var(1), "… of means of 8×8 pixels, ×64": 64 * F.avg_pool2d(x_T, 8).flatten(1).var(1),
+                    "correlation of neighbours": beside.flatten(),
+                    "correlation with the noise put in": F.cosine_similarity(pixels, put_in.flatten(1))}
         of = lambda x: [float(q) for q in torch.quantile(x, torch.tensor([0.5, 0.05, 0.95]))]
-        result[steps] = {"psnr": of(quality), "mean": of(pixels.mean(1)), "variance": of(pixels.var(1)),
-                         "neighbours": of(neighbours.flatten())}
-        rows.append((str(steps), *("{:.{n}f} ({:.{n}f} … {:.{n}f})".format(*v, n=1 if k == "psnr" else 3)
-                                   for k, v in result[steps].items())))
+        result[steps] = {name: of(values) for name, values in measured.items()}
+        rows.append((str(steps), *("{:.{n}f} ({:.{n}f} … {:.{n}f})".format(*v, n=1 if "dB" in name else 2 if "×64" in name else 3)
+                                   for name, v in result[steps].items())))
         if steps == args.steps[0]:
             kept = z_i, x_T
     print(f"Inversion of {args.n} pictures: median (5% … 95%)\n")
-    table(("steps", "PSNR of the reconstruction, dB", "mean of x_T", "variance of x_T", "correlation of neighbours"), rows)
+    table(("steps", *measured), rows)
     z_i, x_T = kept
     noise = decoder.randn(sample.generators("decoder", args.seed, range(args.n)), x_T.shape, "cpu")
     others, groups = scenes[1:] + scenes[:1], {}
@@ -198,15 +203,16 @@ def textdiff(stack, args):
         made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, steps=steps, bar=True)
         edited = [replace(s, things=(replace(s.things[0], **{attribute: value}),)) for s in scenes[test]]
         if attribute == "size":
-            edited = [lay_out(s, np.random.default_rng([args.seed, part, 1, k])) for k, s in enumerate(edited)]
+            edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]
         z_true = manipulate.invert(stack, to_images(edited), steps=2)[0]
         true = manipulate.decode(stack, z_true[:, None], x_T[test][:, None], steps=steps, bar=True)[:, 0]
         result[name] = {"maximum": best, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
                         "untouched": measured(made[:, 0], scenes), "chosen among": scores}
-        rows.append((name, f"{best:g}", *result[name]["text diff"], *result[name]["true z_i"]))
+        rows.append((name, f"{best:g}", *result[name]["text diff"], *result[name]["true z_i"], result[name]["untouched"][1]))
     print(f"Text diffs, {args.n} pictures each, the maximum chosen on {args.n // 4} others: the wanted attribute changed, all "
-          "else kept, both; and the same of the decoder given the true z_i of the edited scene, from the same x_T\n")
-    table(("text diff", "maximum", "changed", "kept", "both", "true z_i: changed", "kept", "both"), rows)
+          "else that captions can say kept, both; the same of the decoder given the true z_i of the edited scene, from the same "
+          "x_T; and what is kept of the picture's own code, decoded untouched\n")
+    table(("text diff", "maximum", "changed", "kept", "both", "true z_i: changed", "kept", "both", "untouched: kept"), rows)
     return result
 
 
@@ -218,8 +224,11 @@ def reconstruction(stack, args):
     counts = [k for k in COUNTS if k < len(components)] + [len(components)]
     noise = decoder.randn(sample.generators("decoder", args.seed, range(args.n)), (args.n, 3, 64, 64), "cpu")
     made = manipulate.pca_reconstruct(stack, z_i, noise, mean, components, counts, steps=args.steps[0], bar=True)
+    whole = manipulate.decode(stack, z_i[:, None], noise[:, None], steps=args.steps[0], bar=True)
+    labels = [*map(str, counts), f"whole z_i ({z_i.shape[1]})"]
     print(f"{args.n} pictures decoded from the first k principal components of z_i: what is still shown\n")
-    return read_table("k", {str(k): [shown(*pair) for pair in zip(made[:, n], scenes)] for n, k in enumerate(counts)})
+    return read_table("k", {label: [shown(*pair) for pair in zip(row, scenes)]
+                            for label, row in zip(labels, torch.cat([made, whole], 1).unbind(1))})
 
 
 PARTS = {"inversion": inversion, "variations": variations, "interpolation": interpolation, "textdiff": textdiff,

@@ -17,7 +17,9 @@ import manipulate
 import manipulations
 import prior
 import sample
+import train
 import upsample
+from caption_accuracy import read_scene
 from clip_embed import UserError
 from manipulate import decode, interpolate, invert, pca_reconstruct, slerp, text_diff, variations
 
@@ -108,6 +110,42 @@ def code(stack):
     return *invert(stack, images, steps=20, seed=3), images
 
 
+def test_inversion_and_decoding_ask_the_decoder_alike_and_z_i_is_clips(stack, monkeypatch):
+    """The same caption and steps, unguided and unclamped: only then does the one undo the other (paper, §3)."""
+    images, asked = torch.rand(2, 3, 64, 64) * 2 - 1, []
+    spy = lambda name, function: monkeypatch.setattr(decoder, name, lambda *given: (asked.append((name, given)), function(*given))[1])
+    spy("invert", decoder.invert)
+    calls, draw = [], decoder.sample
+    monkeypatch.setattr(decoder, "sample", lambda *given, **named: (calls.append((given, named)), draw(*given, **named))[1])
+    z_i, x_T = invert(stack, images, ["a red circle", "a small blue star"], steps=4, seed=1)
+    decode(stack, z_i[:, None], x_T[:, None], ["a red circle", "a small blue star"], steps=4)
+    want = stack["clip"].encode_image(clip_embed.preprocess_tensor(images, stack["clip"].config.image_size))
+    assert torch.allclose(z_i, want, atol=1e-6) and torch.allclose(z_i.norm(dim=1), torch.ones(2), atol=1e-5)
+    (_, (_, _, inverted_z_i, inverted_text, _, inverted_steps, _)), = asked
+    ((_, decoded_z_i, text, _, _, guidance, steps, eta, start), named), = calls
+    assert torch.equal(inverted_z_i, decoded_z_i) and torch.equal(start, x_T) and (guidance, eta, named["clamp"]) == (1, 0, False)
+    assert steps == inverted_steps == 4 and text.keys() == inverted_text.keys()
+    assert all(torch.equal(text[k], inverted_text[k]) for k in text) and not torch.equal(text["tokens"][0], text["tokens"][1])
+
+
+def test_two_pictures_are_inverted_with_noise_of_their_own(stack, picture, monkeypatch):
+    monkeypatch.setattr(decoder, "invert", lambda model, x_0, z_i, text, noise, *rest: decoder.randn(noise, x_0.shape, "cpu"))
+    (_, a), (_, b) = manipulate.codes(stack, [picture, picture], None, 3, 5)[0]
+    (_, alone), = manipulate.codes(stack, [picture], None, 3, 6)[0]  # picture k has seed + k
+    assert torch.equal(alone, b) and abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.05
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (lambda stack, z, x: variations(stack, z, x, 1, (1.5,), steps=2), "eta 1.5: must be between 0 and 1"),
+    (lambda stack, z, x: variations(stack, z, x, 1, (math.nan,), steps=2), "eta nan"),
+    (lambda stack, z, x: interpolate(stack, (z, x), (z, x), 1, steps=2), "1 frames: must be"),
+    (lambda stack, z, x: interpolate(stack, (z, x), (z, x), 3, "slrep", steps=2), "'slrep'"),
+    (lambda stack, z, x: text_diff(stack, z, x, "a star", frames=1, steps=2), "1 frames: must be at least 2")])
+def test_functions_refuse_what_the_command_line_refuses(wrong, said, stack, code):
+    with pytest.raises(UserError, match=said):
+        wrong(stack, *code[:2])
+
+
 def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_further(stack, code):
     z_i, x_T, _ = code
     again = decode(stack, z_i[:, None], x_T[:, None], steps=20)[:, 0]
@@ -186,23 +224,71 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
         make(["a star"])
 
 
-@pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0)])
+@pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0), ("textdiff", 1), ("reconstruction", 1)])
 def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
-    """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise."""
+    """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise, and edits from θ = 0.3 on."""
+    def edit(stack, z_i, x_T, to, source, maximum, frames, **options):
+        rows = []
+        for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
+            scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()
+            name = next(a for a, values in train.VALUES.items() if word in values)
+            scene = train.lay_out(replace(scene, things=(replace(scene.things[0], **{name: word}),)), np.random.default_rng(0))
+            edited = manipulations.to_images([scene])[0]
+            rows.append(torch.stack([edited if maximum * k / (frames - 1) > 0.29 else image for k in range(frames)]))
+        return torch.stack(rows)
+
     monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), torch.randn(len(images), 3, 64, 64)))
     monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
-    result = manipulations.PARTS[part](None, SimpleNamespace(n=4, seed=0, steps=[50]))
+    monkeypatch.setattr(manipulate, "text_diff", edit)
+    monkeypatch.setattr(manipulate, "pca_reconstruct", lambda stack, z_i, x_T, mean, components, counts, **options:
+                        z_i.unflatten(-1, (3, 64, 64))[:, None].expand(-1, len(counts), -1, -1, -1))
+    pca = SimpleNamespace(mean=torch.zeros(9), components=torch.eye(9))
+    result = manipulations.PARTS[part]({"ar-prior": pca}, SimpleNamespace(n=4, seed=0, steps=[50]))
     assert sum(line.startswith("|---") for line in capsys.readouterr().out.splitlines()) == tables
     if part == "inversion":
-        assert result[50]["psnr"][0] > 100 and abs(result[50]["variance"][0] - 1) < 0.05 and abs(result[50]["neighbours"][0]) < 0.05
+        median = {name: values[0] for name, values in result[50].items()}
+        assert median["PSNR of the reconstruction, dB"] > 100 and abs(median["variance of x_T"] - 1) < 0.05
+        assert abs(median["correlation of neighbours"]) < 0.05 and abs(median["correlation with the noise put in"]) < 0.05
+        assert abs(median["… of means of 8×8 pixels, ×64"] - 1) < 0.3  # 192 means: a deviation of 0.1
         groups = result["swapped"].values()
     elif part == "variations":
         assert all(w["distance"] < 1e-6 and not w["moved"] > 0.01 for w in result["wander"].values())
         groups = result["kept"].values()
+    elif part == "textdiff":
+        assert [r["maximum"] for r in result.values()] == [0.3] * 3 and all(r["chosen among"][0.2][0] == 0 for r in result.values())
+        assert all(r[what] == [1, 1, 1] for r in result.values() for what in ("text diff", "true z_i"))
+        assert all(r["untouched"] == [0, 1, 0] for r in result.values())
+        groups = []
+    elif part == "reconstruction":
+        assert list(result) == ["1", "2", "4", "8", "9", "whole z_i (12288)"]
+        groups = result.values()
     else:
         assert result["largest difference"] < 1e-3 and result["psnr of the ends"] > 100
         groups = []
     assert all(value == 1 or math.isnan(value) for group in groups for value in group.values())
+
+
+def test_psnr_and_the_correlation_of_neighbours_know_their_units(monkeypatch, capsys):
+    """An error of 0.02 in a range of 2 is one of a hundredth: 40 dB. Noise smoothed over two pixels has neighbours at 0.5."""
+    images = torch.zeros(3, 3, 64, 64)
+    assert torch.allclose(manipulations.psnr(images, images + 0.02), torch.full((3,), 40.0), atol=1e-3)
+    wide = torch.randn(4, 3, 65, 65)
+    smooth = 3 + wide[..., 1:, 1:] + wide[..., 1:, :-1] + wide[..., :-1, 1:] + wide[..., :-1, :-1]
+    monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), smooth))
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
+    result = manipulations.inversion(None, SimpleNamespace(n=4, seed=0, steps=[50]))[50]
+    assert result["correlation of neighbours"][0] == pytest.approx(0.5, abs=0.03)
+    assert result["mean of x_T"][0] == pytest.approx(3, abs=0.1) and result["variance of x_T"][0] == pytest.approx(4, abs=0.3)
+
+
+def test_scenes_of_the_measurements_are_none_of_the_trainings():
+    """numpy pads seeds with zeros: [0, 1] and [0, 1, 0, 0] are one stream, the first picture of a training's first step."""
+    trained = {float(np.random.default_rng([0, step, row, last]).random()) for step in range(12) for row in range(64) for last in range(4)}
+    first = lambda make: (drawn.append(float(make.random())) or drawn[-1])
+    drawn = []
+    for part in range(1, 8):
+        manipulations.scenes_of(part, 5, 0, first)
+    assert len(set(drawn)) == 35 and not trained & set(drawn)
 
 
 # ----------------------------------------------------------------------------- the way in
@@ -303,9 +389,10 @@ def damaged(tmp_path, weights, **change):
     (["interpolate", "PICTURE", "PICTURE", "--frames", "1"], "--frames 1: must be between 2 and 1000"),
     (["interpolate", "PICTURE", "PICTURE", "--save-latent", "a.pt"], "a NAME.pt for each of the 2 pictures"),
     (["variations", "PICTURE", "--save-latent", "a.png"], "a NAME.pt for each of the 1 pictures"),
-    (["reconstruct", "PICTURE", "--components", "17"], "components 17: must be between 0 and 16"),
+    (["reconstruct", "PICTURE", "--components", "17"], "--components 17: "),
     (["variations", "PICTURE", "--steps", "1"], "--steps 1: must be between 2 and 950"),
-    (["variations", "nowhere.pt"], "no such file"),
+    (["variations", "nowhere.pt"], "expected the latent checkpoint that `python manipulate.py --save-latent` writes"),
+    (["variations", "PICTURE", "--out", "strip.jpg"], "a strip is a PNG file"),
     (["variations", "TEXT.pt"], "damaged"),
     (["variations", "PICTURE", "--out", "/dev/null/x"], "cannot write there")])
 def test_wrong_use_is_one_clear_line(arguments, said, weights, picture, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import manipulate
 import sample
 from caption_accuracy import draw_and_score
+from manipulations import psnr, scenes_of, shown, to_images
 from sweep import captions_of
+from train import random_scene
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu"]
@@ -57,3 +60,14 @@ def test_shapes_and_their_colours_are_mostly_right():
     one, two = sum(bound[::2]), sum(bound[1::2])
     print(f"one thing {one} / 16, two things {two} / 16")
     assert one >= 14 and two >= 8
+
+
+@pytest.mark.slow
+def test_inversion_gives_pictures_back_and_z_i_its_colour_to_anothers_noise():
+    stack, scenes = sample.load_stack(prior_kind="none"), scenes_of(90, 8, 0, lambda rng: random_scene(rng, 1))
+    images = to_images(scenes)
+    z_i, x_T = manipulate.invert(stack, images, steps=50)
+    again, swapped = (manipulate.decode(stack, z[:, None], x_T[:, None], steps=50)[:, 0] for z in (z_i, z_i.roll(-1, 0)))
+    others = [shown(*pair)["colour"] for pair in zip(swapped, scenes[1:] + scenes[:1])]
+    print(f"{psnr(images, again).median():.1f} dB, colours {sum(others)} / 8, variance {x_T.var():.3f}")
+    assert psnr(images, again).median() >= 28 and sum(others) >= 6 and abs(float(x_T.var()) - 1) < 0.05
