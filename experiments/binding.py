@@ -4,7 +4,8 @@ In:   a folder of checkpoints
 Out:  on stdout, a table over pairs of captions with their colours swapped, "a red circle and a blue square" beside "a blue
       circle and a red square": how often each link prefers the right one of the two, which is 0.5 by chance,
         CLIP             of a true picture and both captions, by the cosine
-        z_i              of a true picture's z_i, by which of the captions' mean true z_i is nearer: what z_i holds
+        z_i              of a true picture's z_i, by the nearest of other true pictures of both captions: z_i holds this at least,
+                         a trained probe finds more (linear_probes.py)
         … prior          the same of z_i drawn by a prior for the caption
         decoder          of pictures decoded from a true picture's z_i, alone or with the caption, read from their pixels
         … chain          of pictures from the caption, read from their pixels
@@ -16,23 +17,23 @@ Out:  on stdout, a table over pairs of captions with their colours swapped, "a r
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import read_scene
 from clip_embed import encode_captions, one_line_errors, pick_device
-from common import (conclude, decode, draw, finish, first_pictures, jackknife, load_network, options, parse, show,
-                    to_images, true_scenes)
+from common import (conclude, decode, draw, finish, gallery, jackknife, load_network, options, parse, phrase, seeds,
+                    show, to_images, true_scenes)
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES
 
-RENDERINGS = 16  # of each caption, for the mean of its true z_i
+REFERENCES = 64  # true pictures of each caption, for the nearest
 
 
 def pairs_of(n, seed):
@@ -51,8 +52,19 @@ def swapped(rows):
 
 
 def preference(z, own):
-    """How far each of z (n, d) prefers its own of two directions: cosine with own (n, d) less that with the swapped one."""
-    return F.cosine_similarity(z, own) - F.cosine_similarity(z, swapped(own))
+    """How far each of z (n, d) prefers its own of two sets of directions: the largest cosine with own (n, R, d) less that with the
+    swapped one's."""
+    nearest = lambda directions: F.cosine_similarity(z[:, None], directions, dim=-1).amax(1)
+    return nearest(own) - nearest(swapped(own))
+
+
+def references(stack, captions, seed):
+    """z_i (n, R, d) of R true pictures of each caption; of each two captions the second's are the first's with colours exchanged."""
+    exchanged = lambda scene: replace(scene, things=tuple(
+        replace(thing, colour=other.colour) for thing, other in zip(scene.things, scene.things[::-1])))
+    first = true_scenes([caption for caption in captions[::2] for _ in range(REFERENCES)], seed)
+    both = [embed(stack, scenes).unflatten(0, (-1, REFERENCES)) for scenes in (first, list(map(exchanged, first)))]
+    return torch.stack(both, 1).flatten(0, 1)
 
 
 def verdicts(images, pairs):
@@ -71,45 +83,46 @@ def decided(observed):
 
 
 def measure(stack, args):
-    """({link: {column: pseudo-values}}, {link: images of seed 0})."""
-    links, first = {}, {}
+    """({link: {column: pseudo-values}}, a picture of the first captions)."""
+    links, first, heads = {}, {}, []
 
     def add(link, observed):
         links.setdefault(link, []).append(observed)
 
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         pairs = pairs_of(args.n, seed)
-        captions = [f"a {a} {s} and a {b} {t}" for (a, s), (b, t) in pairs]
+        captions = [f"{phrase(*one)} and {phrase(*other)}" for one, other in pairs]
+        heads = heads or captions
         scenes = true_scenes(captions, 1000 + seed)
         z_i, z_t = embed(stack, scenes), encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"].cpu()
-        mean = sum(embed(stack, true_scenes(captions, 2000 + RENDERINGS * seed + k)) for k in range(RENDERINGS))
-        add("CLIP", (preference(z_i, z_t) > 0).double().tolist())
-        add("z_i", (preference(z_i, mean) > 0).double().tolist())
+        known = references(stack, captions, 2000 + seed)
+        add("CLIP", (preference(z_i, z_t[:, None]) > 0).double().tolist())
+        add("z_i", (preference(z_i, known) > 0).double().tolist())
         drawn = {name: draw(stack, captions, seed, kind) for name, kind in (("diffusion", "diffusion"), ("AR", "ar"))}
         for name in drawn:
-            add(f"{name} prior", (preference(drawn[name], mean) > 0).double().tolist())
+            add(f"{name} prior", (preference(drawn[name], known) > 0).double().tolist())
         decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions),
                      "diffusion chain": (drawn["diffusion"], captions), "AR chain": (drawn["AR"], captions)}
-        first.setdefault("true", to_images(scenes))
+        first.setdefault("true", to_images(scenes)[:8])
         for link, (z, said) in decodings.items():
             images = decode(stack, z, said, seed, steps=args.steps)
             add(link, verdicts(images, pairs))
-            first.setdefault(link, images)
+            first.setdefault(link, images[:8])
     share = lambda value: lambda observed: float(np.mean([v == value for v in observed]))
     return {link: {"right of the two": jackknife(decided, groups)} | (
         {"right pairs": jackknife(share(1), groups), "swapped pairs": jackknife(share(0), groups)} if link in first else {})
-        for link, groups in links.items()}, first
+        for link, groups in links.items()}, gallery(first, heads)
 
 
 def conclusions(rows):
-    """Each link against the one that it takes its z_i from, or against chance."""
-    of = {link: row["right of the two"] for link, row in rows.items()}
-    said = [conclude(f"{link} against chance", of[link], 0.5, "binds", "prefers the swapped one") for link in ("CLIP", "z_i")]
-    for link, source in (("diffusion prior", "z_i"), ("AR prior", "z_i"), ("decoder, z_i alone", "z_i"),
-                         ("decoder, z_i and caption", "decoder, z_i alone"), ("diffusion chain", "diffusion prior"),
-                         ("AR chain", "AR prior")):
-        said.append(conclude(f"{link} after {source}", of[link], of[source], "binding gained", "binding lost"))
-    return said
+    """What reads z_i against chance; then, by the right pairs among all pictures, what each further link loses or gains."""
+    said = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
+            for link in ("CLIP", "z_i", "diffusion prior", "AR prior")]
+    right, alone, told = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
+    said.append(conclude("Right pairs in reconstructions, against all of them (fig. 15)", right(alone), 1, "more", "fewer"))
+    said.append(conclude("… with the caption, against without", right(told), right(alone), "more", "fewer"))
+    return said + [conclude(f"Right pairs from the {name} prior's z_i, against the true picture's", right(f"{name} chain"), right(told),
+                            "more", "fewer") for name in ("diffusion", "AR")]
 
 
 def main():
@@ -120,9 +133,9 @@ def main():
         args.n += args.n % 2
         stack = sample.load_stack(args.weights, pick_device(args.device))
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
-        rows, first = measure(stack, args)
+        rows, picture = measure(stack, args)
         show(rows, "link")
-        finish(args, conclusions(rows), first_pictures(first), rows=rows)
+        finish(args, conclusions(rows), picture, rows=rows)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,23 @@
 An observation is one picture, read: {"said": the parsed caption, "found": the scene read from pixels, "right": verdicts,
 "image": (3, 64, 64) in [-1, 1]}. An experiment gathers, for each of its settings, one list of observations a seed; the same
 captions and the same noise serve every setting, so that differences are the setting's. Every number is then a list of
-jackknife pseudo-values, one a seed, whose mean and standard error are the number's own.
+jackknife pseudo-values, one a seed, whose mean and standard error are the number's own. Seeds begin at 1: the shipped weights'
+guidance was chosen on captions of seed 0. The standard errors are those of captions, scenes and noise; each network was trained once.
 """
 
 import argparse
 import json
 import math
 import sys
-from functools import lru_cache
+import textwrap
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoder
@@ -24,13 +27,14 @@ import prior
 import sample
 from caption_accuracy import judge, parse_caption, read_scene, relation_of, scene_of
 from clip_embed import UserError, fingerprint, load_model, read_checkpoint
-from manipulate import draw_strip, in_batches
+from manipulate import in_batches
 from manipulations import to_images
 from priors import cell, frechet
 from train import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES
 
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
+OPEN = "a heart"  # the caption of which pictures are drawn to look at
 LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 
 # ----------------------------------------------------------------------------- settings
@@ -56,6 +60,11 @@ def parse(parser):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
     return args
+
+
+def seeds(args):
+    """The seeds to go through, with a progress bar."""
+    return tqdm(range(1, args.seeds + 1), "seeds")
 
 
 def load_network(path, stage, stack, given=None):
@@ -112,15 +121,20 @@ def true_scenes(captions, seed):
     return [scene_of(parse_caption(caption), np.random.default_rng([seed, 1 << 53, k])) for k, caption in enumerate(captions)]
 
 
+def phrase(*words):
+    """Words with their article: "a red circle", "an orange star"."""
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
 # ----------------------------------------------------------------------------- what is measured
 
 
 def right(attribute):
-    """The statistic that says how often an attribute is right, of the observations whose captions say it."""
+    """The column that says how often an attribute is right, of the observations whose captions say it (see jackknife)."""
     def share(observations):
         verdicts = [o["right"][attribute] for o in observations if attribute in o["right"]]
         return float(np.mean(verdicts)) if verdicts else math.nan
-    return share
+    return partial(jackknife, share)
 
 
 def attributes(scene):
@@ -147,44 +161,45 @@ def random_features(images):
     return h.mean((2, 3)).double()
 
 
-def fidelity(captions, seed=0, least=1000):
-    """Two statistics of observations, {"distance, attributes", "distance, features"}: Fréchet distances to true renderings.
+def fidelity(captions, least=1000):
+    """Two columns, {"distance, attributes", "distance, features"}: Fréchet distances to true renderings of the same captions.
 
-    Of what the reader reads, and of random features in units of their true deviation, all of them together. The renderings are
-    of the captions, of each as many, and at least so many.
+    captions: one list a seed; each of them is rendered equally often, and at least `least` in all. Of what the reader reads, and of
+    random features in units of their true deviation, all of them together. A seed left out by the jackknife leaves both sides:
+    else pictures that follow their captions would gain by it, and others lose.
     """
-    scenes = true_scenes(captions * -(-least // len(captions)), seed)
-    features = random_features(to_images(scenes))
-    unit, shown = features.var(0).sum().sqrt(), torch.stack([attributes(scene) for scene in scenes])
-    return {"distance, attributes": lambda seen: frechet(torch.stack([attributes(o["found"]) for o in seen]), shown),
-            "distance, features": lambda seen: frechet(random_features(torch.stack([o["image"] for o in seen])) / unit,
-                                                      features / unit)}
+    scenes = [true_scenes(some * -(-least // sum(map(len, captions))), 3000 + seed) for seed, some in enumerate(captions)]
+    features = [list(random_features(to_images(some))) for some in scenes]
+    unit, shown = torch.stack(sum(features, [])).var(0).sum().sqrt(), [list(map(attributes, some)) for some in scenes]
+    seen_features = lambda seen: random_features(torch.stack([o["image"] for o in seen])) / unit
+    return {"distance, attributes": lambda groups: jackknife(lambda seen, true: frechet(
+                torch.stack([attributes(o["found"]) for o in seen]), torch.stack(true)), groups, shown),
+            "distance, features": lambda groups: jackknife(lambda seen, true: frechet(
+                seen_features(seen), torch.stack(true) / unit), groups, features)}
 
 
 def matched(said, found):
-    """A read scene's things in the order of a parsed caption's, by their shapes, or the only one; None where they can't be told."""
-    shapes = {thing.shape: thing for thing in found.things}
-    if len(said.things) == len(found.things) == 1:
-        return found.things
-    told = len(said.things) == len(found.things) and {thing.shape for thing in said.things} == set(shapes)
-    return [shapes[thing.shape] for thing in said.things] if told and len(shapes) == len(found.things) else None
+    """A read scene's things in the order of a parsed caption's, by their shapes; None unless it shows these shapes and no others."""
+    wanted, shapes = [thing.shape for thing in said.things], {thing.shape: thing for thing in found.things}
+    told = sorted(wanted) == sorted(str(thing.shape) for thing in found.things) and len(shapes) == len(wanted)
+    return [shapes[shape] for shape in wanted] if told else None
 
 
 def variety(pairs):
     """How two pictures of a caption differ in what it leaves open, {"attribute, number of things": a number for each comparison}.
 
     Of background, relation, colour, size and fill: whether they do. Of place, radius (within a size) and tilt: half the square of
-    the difference, whose mean is the variance.
+    the difference, whose mean is the variance. Only pairs count that both show the shapes that the caption says.
     """
     parts = {}
     for a, b in pairs:
         said, count = a["said"], len(a["said"].things)
         add = lambda name, value: parts.setdefault(f"{name}, {count}", []).append(float(value))
-        if not said.background:
-            add("background", a["found"].background != b["found"].background)
         one, other = matched(said, a["found"]), matched(said, b["found"])
         if not one or not other:
             continue
+        if not said.background:
+            add("background", a["found"].background != b["found"].background)
         if count == 2 and not said.relation:
             add("relation", relation_of(*one) != relation_of(*other))
         for t, u, v in zip(said.things, one, other):
@@ -194,15 +209,16 @@ def variety(pairs):
             add("place", ((u.x - v.x) ** 2 + (u.y - v.y) ** 2) / 2)
             if u.size == v.size:
                 add("radius", (u.radius - v.radius) ** 2 / 2)
-            if u.shape == v.shape != "circle":
+            if u.shape != "circle":
                 add("tilt", (u.tilt - v.tilt) ** 2 / 2)
     return parts
 
 
 def diversity(captions, least=2000):
-    """The statistic of pairs of observations, two of one caption: the mean of variety's comparisons, as shares of the world's.
+    """The statistic of pairs of observations, two of one caption: how varied they are in what it leaves open, as a share of the world.
 
-    1 where pictures are as varied as true scenes of their captions, 0 where they are all alike.
+    variety's comparisons are averaged for each attribute and number of things first, then over these, so that all weigh alike
+    however many pictures could be read. 1 where pictures are as varied as true scenes of their captions, 0 where all are alike.
     """
     captions = captions * -(-least // len(captions))
     scenes = zip(*(true_scenes(captions, seed) for seed in range(2)))
@@ -210,36 +226,39 @@ def diversity(captions, least=2000):
     world = {name: np.mean(values) for name, values in world.items()}
 
     def share(pairs):
-        shares = [value / world[name] for name, values in variety(pairs).items() if world.get(name) for value in values]
+        shares = [np.mean(values) / world[name] for name, values in variety(pairs).items() if world.get(name)]
         return float(np.mean(shares)) if shares else math.nan
     return share
 
 
 def quality(captions):
-    """Table 1's three questions about these captions: a function of lists of pairs of observations, one a seed.
+    """Table 1's three questions, captions being one list a seed: a function of lists of pairs of observations, one a seed.
 
-    It gives {column: pseudo-values}: Fréchet distances for fidelity, captions all right, diversity.
+    It gives {column: pseudo-values}: captions all right, Fréchet distances for fidelity, diversity, and of how many of the pairs that
+    diversity could be read.
     """
-    columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(captions)
+    columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(sum(captions, []))
+    readable = lambda pairs: float(np.mean([all(matched(o["said"], o["found"]) is not None for o in pair) for pair in pairs]))
 
     def measured(groups):
         flat = [[o for pair in pairs for o in pair] for pairs in groups]
-        return {name: jackknife(statistic, flat) for name, statistic in columns.items()} | {"diversity": jackknife(share, groups)}
+        return {name: column(flat) for name, column in columns.items()} | {
+            "diversity": jackknife(share, groups), "pairs compared": jackknife(readable, groups)}
     return measured
 
 
 # ----------------------------------------------------------------------------- statistics
 
 
-def jackknife(statistic, groups):
-    """Pseudo-values of statistic(observations), one for each seed's list in `groups` (Tukey 1958).
+def jackknife(statistic, *groups):
+    """Pseudo-values of statistic(observations), one for each seed's list in `groups` (Tukey 1958); of several such, left out together.
 
     S θ − (S − 1) θ without seed k: their mean is θ less its bias of order 1/n, their spread gives θ's standard error; of a
     plain mean over equally many observations they are the seeds' own means.
     """
-    joined = lambda groups: [observation for group in groups for observation in group]
-    whole, count = statistic(joined(groups)), len(groups)
-    return [count * whole - (count - 1) * statistic(joined(groups[:k] + groups[k + 1:])) for k in range(count)]
+    without = lambda k: statistic(*([o for n, some in enumerate(group) if n != k for o in some] for group in groups))
+    whole, count = without(None), len(groups[0])
+    return [count * whole - (count - 1) * without(k) for k in range(count)]
 
 
 @lru_cache
@@ -259,7 +278,9 @@ def conclude(what, a, b, more="more", less="less"):
     if math.isnan(mean):
         return f"{what}: cannot be told, too little could be read."
     reach = t_quantile(len(difference) - 1) * error
-    verdict = f"{more if mean > 0 else less}" if abs(mean) > reach else "no difference shown"
+    if error < 1e-12 and abs(mean) > 1e-9:
+        return f"{what}: cannot be told, every seed gave the same difference ({mean:+.3f})."
+    verdict = f"{more if mean > 0 else less}" if abs(mean) > reach + 1e-9 else "no difference shown"
     return f"{what}: {verdict} ({mean:+.3f} ± {error:.3f}; 95% interval {mean - reach:+.3f} to {mean + reach:+.3f})."
 
 
@@ -288,20 +309,21 @@ def finish(args, conclusions, picture, **numbers):
 
 
 def chart(panels):
-    """A picture of lines with one standard error up and down, from 0: {title: {name: [(label, mean, error)]}} side by side."""
+    """A picture of lines with one standard error up and down: {title: {name: [(label, mean, error)]}} side by side, each with 0."""
     width, height, left, top, bottom = 420, 320, 46, 30, 60
     picture = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(picture)
     for n, (title, lines) in enumerate(panels.items()):
-        most = max([1e-9, *(mean + error for points in lines.values() for _, mean, error in points if not math.isnan(mean))])
+        ends = [mean + sign * error for points in lines.values() for _, mean, error in points if not math.isnan(mean) for sign in (-1, 1)]
+        least, most = min([0, *ends]), max([1e-9, *ends])
         most = 1 if 0.5 < most <= 1 else most
         count = max(len(points) for points in lines.values())
         to_xy = lambda k, value: (n * width + left + 20 + (width - left - 60) * k / max(1, count - 1),
-                                  top + (height - top - bottom) * (1 - max(0, value) / most))
+                                  top + (height - top - bottom) * (most - value) / (most - least))
         pen.text((n * width + left, 8), title, "black")
         for k, (label, *_) in enumerate(max(lines.values(), key=len)):
             pen.text((to_xy(k, 0)[0], height - bottom + 8), str(label), "black", anchor="ma")
-        for value in np.linspace(0, most, 6):
+        for value in np.linspace(least, most, 6):
             y = to_xy(0, value)[1]
             pen.line([(n * width + left, y), ((n + 1) * width - 20, y)], "gainsboro")
             pen.text((n * width + 8, y - 6), f"{value:.2g}", "black")
@@ -314,9 +336,21 @@ def chart(panels):
     return picture
 
 
-def first_pictures(images):
-    """Up to eight pictures of each row of {name: images (n, 3, H, H)}, named, the rows one under the other."""
-    return draw_strip([[(name, image) for image in some[:8]] for name, some in images.items()])
+def gallery(rows, heads=()):
+    """Pictures in rows, {name: images (3, H, H)}, each row's name at its left, under heads, one for each column (such as captions)."""
+    side, margin, font = 128, 150, ImageFont.load_default(13)
+    heads = [textwrap.wrap(head, 18) for head in heads]
+    top, columns = 6 + 16 * max(map(len, heads), default=0), max(len(images) for images in rows.values())
+    picture = Image.new("RGB", (margin + columns * (side + 4), top + len(rows) * (side + 4)), "white")
+    pen = ImageDraw.Draw(picture)
+    for column, lines in enumerate(heads[:columns]):
+        pen.multiline_text((margin + column * (side + 4) + side / 2, 2), "\n".join(lines), "black", font, anchor="ma", align="center")
+    for row, (name, images) in enumerate(rows.items()):
+        y = top + row * (side + 4)
+        pen.multiline_text((6, y + side / 2), "\n".join(textwrap.wrap(name, 19)), "black", font, anchor="lm")
+        for column, image in enumerate(images):
+            picture.paste(sample.to_picture(image).resize((side, side), Image.Resampling.NEAREST), (margin + column * (side + 4), y))
+    return picture
 
 
 def under(*pictures):

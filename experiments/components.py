@@ -3,11 +3,12 @@
 In:   a folder of checkpoints (clip.pt, decoder.pt)
 Out:  on stdout, a table: for each number of components how often pictures of one thing, decoded from fresh noise, show its
       colour, shape, size, fill, background, and its place to within a tenth of the side; how early each comes; then the
-      conclusions. --picture: four pictures, more and more components from left to right, over the curves
+      conclusions. --picture: eight pictures, more and more components from top to bottom, over the curves
 
 Components are those of 2,048 scenes' z_i. How early: the mean, over the numbers of components, of the share that is gained over
 none at all, of all that is gained in the end: 1 for what the first component holds alone. Shares are a decoder's: what z_i holds
-and the decoder does not draw is not counted.
+and the decoder does not draw is not counted. As in manipulate.py the decodings are DDIM's, unguided, elsewhere here they are ancestral
+and guided.
 
     python experiments/components.py --picture docs/components.png
 """
@@ -18,21 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
 from caption_accuracy import read_scene
 from clip_embed import one_line_errors, pick_device
-from common import chart, conclude, finish, jackknife, noises, options, parse, points, show, to_images, under
+from common import chart, conclude, finish, gallery, jackknife, noises, options, parse, points, seeds, show, to_images, under
 from decoder import randn
-from manipulate import draw_strip, pca_reconstruct
+from manipulate import pca_reconstruct
 from manipulations import scenes_of
 from priors import embed
 from train import random_scene
 
 ATTRIBUTES = ("colour", "shape", "size", "fill", "background", "place")
+QUESTIONS = (("colour", "shape"), ("colour", "place"), ("place", "shape"))  # chosen before the answers
 NEAR = 0.1  # of the side
 FITTED = 2048  # scenes
 
@@ -60,12 +61,12 @@ def earliness(name):
 
 
 def measure(stack, args):
-    """({components: {attribute: pseudo-values}}, {attribute: {"how early"}}, {components: images of seed 0})."""
+    """({components: {attribute: pseudo-values}}, {attribute: {"how early"}}, {row: images of the first seed})."""
     one = lambda rng: random_scene(rng, 1)
     mean, components, _ = (v.float() for v in prior.pca([embed(stack, scenes_of(20, FITTED, 0, one))]))
     counts = sorted({k for k in (0, 1, 2, 4, 8, 16, 32, 64) if k < len(components)} | {len(components)})
     groups, first = [], None
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         scenes = scenes_of(21, args.n, seed, one)
         noise = randn(noises("decoder", seed, args.n), (args.n, 3, *[stack["decoder"].config.image_size] * 2), "cpu")
         made = pca_reconstruct(stack, embed(stack, scenes), noise, mean, components, counts, steps=args.steps)
@@ -79,11 +80,12 @@ def measure(stack, args):
 
 
 def conclusions(early):
-    """The attributes in the order in which they come, each against the next, and those that do not come."""
+    """Those that do not come, the order of the others, and fig. 7's question: which of colour, place and shape is earlier?"""
     of = {name: row["how early"] for name, row in early.items()}
     come = sorted((name for name in of if not np.isnan(of[name]).any()), key=lambda name: -np.mean(of[name]))
-    said = [f"Not recovered for sure, however many components: {', '.join(n for n in of if n not in come) or 'none'}."]
-    return said + [conclude(f"{a} before {b}", of[a], of[b], "earlier", "later") for a, b in zip(come, come[1:])]
+    said = [f"Not recovered for sure, however many components: {', '.join(n for n in of if n not in come) or 'none'}.",
+            f"In the order of their means: {', '.join(come) or 'none'}."]
+    return said + [conclude(f"{a} before {b}", of[a], of[b], "earlier", "later") for a, b in QUESTIONS if {a, b} <= set(come)]
 
 
 def main():
@@ -96,10 +98,9 @@ def main():
         rows, early, first = measure(stack, args)
         show(rows, "components")
         show(early)
-        strip = draw_strip([[(name, images[k]) for name, images in first.items()] for k in range(min(4, args.n))])
         curves = chart({f"{', '.join(some)}, against components": {name: points(rows, name) for name in some}
                         for some in (ATTRIBUTES[:3], ATTRIBUTES[3:])})
-        finish(args, conclusions(early), under(strip, curves), rows=rows, early=early)
+        finish(args, conclusions(early), under(gallery({name: images[:8] for name, images in first.items()}), curves), rows=rows, early=early)
 
 
 if __name__ == "__main__":

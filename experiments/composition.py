@@ -1,12 +1,13 @@
 """What becomes of the four colour-shape pairs that training never shows? (ours: the paper shows new compositions and counts none)
 
 In:   a folder of checkpoints
-Out:  on stdout, a table for the pairs never trained and for as many that were, of the same colours and the same shapes: how
-      often both are right, the colour, the shape, for
+Out:  on stdout, a table for the pairs never trained and for the twelve others of the same colours and shapes: how often both are
+      right, the colour, the shape, for
         CLIP        the caption of all 42 pairs' that a true picture's z_i is nearest to
         decoder     pictures decoded from a true picture's z_i alone, read from their pixels
         … chain     pictures from the caption
-      then the conclusions. --picture: pictures of each pair, the true ones above
+      then the conclusions, which are about these four pairs: another four might do otherwise. --picture: pictures of each kind,
+      the true ones above
 
     python experiments/composition.py --picture docs/composition.png
 """
@@ -17,24 +18,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import encode_captions, one_line_errors, pick_device
-from common import (conclude, decode, draw, finish, first_pictures, jackknife, load_network, observe, options, parse, right,
-                    show, to_images, true_scenes)
+from common import (conclude, decode, draw, finish, gallery, load_network, observe, options, parse, phrase, right,
+                    seeds, show, to_images, true_scenes, under)
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES
 
 NEW = sorted(HELD_OUT)
-TRAINED = [(colour, shape) for (colour, _), (_, shape) in zip(NEW, NEW[1:] + NEW[:1])]  # matched otherwise
+TRAINED = [(colour, shape) for colour, _ in NEW for _, shape in NEW if (colour, shape) not in HELD_OUT]  # the other twelve
 ALL = list(product(COLOURS, SHAPES))
 
 
 def named(stack, scenes, captions):
     """Observations of CLIP naming true pictures: which of the 42 captions "a colour shape" is nearest to z_i."""
-    z_t = encode_captions(stack["clip"], stack["tokenizer"], [f"a {c} {s}" for c, s in ALL])[0]["z_t"].cpu()
+    z_t = encode_captions(stack["clip"], stack["tokenizer"], [phrase(c, s) for c, s in ALL])[0]["z_t"].cpu()
     result = []
     for best, caption in zip((embed(stack, scenes) @ z_t.T).argmax(1).tolist(), captions):
         _, colour, shape = caption.split()
@@ -44,28 +44,29 @@ def named(stack, scenes, captions):
 
 
 def measure(stack, args):
-    """({"link, kind": {column: pseudo-values}}, {the same: images of seed 0})."""
-    seen, first = {}, {}
+    """({"link, kind": {column: pseudo-values}}, {kind: a picture of the first seed})."""
+    seen, sheets = {}, {}
 
     def add(name, observed):
         seen.setdefault(name, []).append(observed)
 
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         for kind, pairs in (("never trained", NEW), ("trained", TRAINED)):
-            captions = [f"a {colour} {shape}" for colour, shape in (pairs * args.n)[:args.n]]
+            captions = [phrase(*pair) for pair in (pairs * args.n)[:args.n]]
             scenes = true_scenes(captions, 1000 + seed)
             add(f"CLIP, {kind}", named(stack, scenes, captions))
-            first.setdefault(f"true, {kind}", to_images(scenes))
+            first = {f"true, {kind}": to_images(scenes)}
             decodings = {"decoder": (embed(stack, scenes), [""] * args.n)} | {
                 f"{name} chain": (draw(stack, captions, seed, prior), captions) for name, prior in
                 (("diffusion", "diffusion"), ("AR", "ar"))}
             for link, (z_i, said) in decodings.items():
                 images = decode(stack, z_i, said, seed, steps=args.steps)
                 add(f"{link}, {kind}", observe(images, captions))
-                first.setdefault(f"{link}, {kind}", images)
+                first[f"{link}, {kind}"] = images
+            sheets.setdefault(kind, gallery({name: images[:12] for name, images in first.items()}, captions))
     columns = {"both": right("bound"), "colour": right("colour"), "shape": right("shape")}
-    rows = {name: {c: jackknife(statistic, groups) for c, statistic in columns.items()} for name, groups in seen.items()}
-    return dict(sorted(rows.items(), key=lambda row: list(rows).index(row[0].replace("never trained", "trained")))), first
+    rows = {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}
+    return dict(sorted(rows.items(), key=lambda row: list(rows).index(row[0].replace("never trained", "trained")))), sheets
 
 
 def conclusions(rows):
@@ -77,15 +78,15 @@ def conclusions(rows):
 
 def main():
     """The script: what --help says."""
-    parser = options("Name, decode and draw the four colour-shape pairs that training never shows, beside four that it does.",
+    parser = options("Name, decode and draw the four colour-shape pairs that training never shows, beside twelve that it does.",
                      36, "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device))
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
-        rows, first = measure(stack, args)
+        rows, sheets = measure(stack, args)
         show(rows, "link, pairs")
-        finish(args, conclusions(rows), first_pictures(first), rows=rows)
+        finish(args, conclusions(rows), under(*sheets.values()), rows=rows)
 
 
 if __name__ == "__main__":

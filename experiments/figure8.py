@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import one_line_errors, pick_device
-from common import (conclude, decode, draw, fidelity, finish, first_pictures, jackknife, load_network, observe, options,
-                    parse, right, show, true_scenes)
+from common import (conclude, decode, draw, fidelity, finish, gallery, load_network, observe, options,
+                    parse, right, seeds, show, true_scenes)
 from priors import embed
 from sweep import captions_of
 
@@ -27,11 +26,11 @@ TRAINED = "z_t, decoder trained on it"
 
 
 def measure(stack, args, on_z_t=None):
-    """({kind: {column: pseudo-values}}, {kind: images of seed 0}); on_z_t: the stack with a decoder trained on z_t."""
+    """({kind: {column: pseudo-values}}, a picture of the first captions); on_z_t: the stack with a decoder trained on z_t."""
     seen, first, captions = {}, {}, []
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         some = captions_of(args.n, seed)
-        captions += some
+        captions.append(some)
         z_i = {name: draw(stack, some, seed, kind) for name, kind in KINDS.items()}
         z_i["true z_i"] = embed(stack, true_scenes(some, 1000 + seed))
         decoders = dict.fromkeys(z_i, stack) | ({TRAINED: on_z_t} if on_z_t else {})
@@ -40,7 +39,8 @@ def measure(stack, args, on_z_t=None):
             seen.setdefault(name, []).append(observe(images, some))
             first.setdefault(name, images)
     columns = {name: right(name) for name in ("all", "bound", "count", "shape", "colour", "relation")} | fidelity(captions)
-    return {name: {c: jackknife(statistic, groups) for c, statistic in columns.items()} for name, groups in seen.items()}, first
+    first = {name: images[:8] for name, images in first.items()}
+    return {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}, gallery(first, captions[0])
 
 
 def conclusions(rows):
@@ -63,10 +63,9 @@ def main():
         stack = sample.load_stack(args.weights, device)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
         on_z_t = {**stack, "decoder": load_network(args.z_t, "decoder", stack, "z_t")} if args.z_t else None
-        rows, first = measure(stack, args, on_z_t)
+        rows, picture = measure(stack, args, on_z_t)
         show(rows, "z_i")
-        print("In the picture:", *captions_of(args.n, 0)[:8], sep="\n", end="\n\n")
-        finish(args, conclusions(rows), first_pictures(first), rows=rows)
+        finish(args, conclusions(rows), picture, rows=rows)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ In:   a folder of checkpoints; --glide, a decoder trained with the caption alone
       Without it the caption alone is given to unCLIP's own decoder, which saw that in 5% of its training
 Out:  on stdout, a table: for each model and guidance scale how often a picture shows all that its caption says; Fréchet
       distances to true renderings, of what the reader reads and of random features; and how much two pictures of a caption
-      differ in what it leaves open, as a share of the world's; then the conclusions. --picture: three captions' pictures, two
-      of each, as guidance grows (fig. 9), over the curves (figs. 10, 11)
+      differ in what it leaves open, as a share of the world's; then the conclusions. --picture: eight pictures of one caption as
+      guidance grows (fig. 9), over the curves (figs. 10, 11)
 
 Table 1's questions are asked of the means over all scales of the sweep, so that no scale is chosen by what it is judged by.
 
@@ -17,14 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import (chart, conclude, decode, draw, finish, load_network, observe, options, parse, points, quality, show,
-                    to_images, true_scenes, under)
-from manipulate import draw_strip
+from common import (OPEN, chart, conclude, decode, draw, finish, gallery, load_network, observe, options, parse, points, quality, seeds,
+                    show, to_images, true_scenes, under)
 from sweep import captions_of
 
 MODELS = {"caption alone": "none", "unCLIP": "diffusion"}  # and where z_i comes from
@@ -32,22 +30,28 @@ COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity
 
 
 def measure(stacks, args):
-    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings, {model: {scale: images of seed 0}})."""
-    groups, first, true, captions = {}, {model: {} for model in MODELS}, [], []
+    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings)."""
+    groups, true, captions = {}, [], []
     pairs = lambda seen: list(zip(seen[::2], seen[1::2]))
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
-        captions += twice[::2]
+        captions.append(twice[::2])
         true.append(pairs(observe(to_images(true_scenes(twice, 1000 + seed)), twice)))
         for model, kind in MODELS.items():
             z_i = draw(stacks[model], twice, seed, kind)
             for scale in args.guidance:
                 images = decode(stacks[model], z_i, twice, seed, scale, args.steps)
                 groups.setdefault((model, scale), []).append(pairs(observe(images, twice)))
-                first[model].setdefault(f"{scale:g}", images)
     measured = quality(captions)
     rows = {model: {f"{scale:g}": measured(groups[model, scale]) for scale in args.guidance} for model in MODELS}
-    return rows, measured(true), first
+    return rows, measured(true)
+
+
+def pictures(stacks, args):
+    """Eight pictures of the caption OPEN for each model and scale, {row: images}."""
+    z_i = {model: draw(stacks[model], [OPEN] * 8, 0, kind) for model, kind in MODELS.items()}
+    return {f"{model}, guidance {scale:g}": decode(stacks[model], z_i[model], [OPEN] * 8, 0, scale, args.steps)
+            for model in MODELS for scale in args.guidance}
 
 
 def conclusions(rows):
@@ -73,16 +77,16 @@ def main():
         args = parse(parser)
         if any(not 0 <= scale <= 100 for scale in args.guidance):
             raise UserError("--guidance: each must be between 0 and 100")
+        args.guidance = sorted(set(args.guidance))
         unclip = sample.load_stack(args.weights, pick_device(args.device))
         alone = {**unclip, "decoder": load_network(args.glide, "decoder", unclip, "caption")} if args.glide else unclip
         print(f"The caption alone is given to {args.glide or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
-        rows, true, first = measure({"caption alone": alone, "unCLIP": unclip}, args)
+        stacks = {"caption alone": alone, "unCLIP": unclip}
+        rows, true = measure(stacks, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})
-        strip = draw_strip([[(f"{model}, {scale}", images[k]) for k in range(copy, 2 * min(3, args.n), 2)
-                             for scale, images in scales.items()] for model, scales in first.items() for copy in range(2)])
         curves = chart({column: {model: points(scales, column) for model, scales in rows.items()} for column in COLUMNS})
-        finish(args, conclusions(rows), under(strip, curves), rows=rows, true=true)
+        finish(args, conclusions(rows), under(gallery(pictures(stacks, args)), curves) if args.picture else None, rows=rows, true=true)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 In:   a folder of checkpoints
 Out:  on stdout, a table: for neither, one and both guided how often a picture shows all that its caption says, Fréchet
       distances to true renderings, and diversity as experiments/guidance.py has it; then the conclusions. --picture:
-      pictures of one caption, a setting a row
+      eight pictures of one caption, a setting a row
 
     python experiments/guided_prior.py --picture docs/guided-prior.png
 """
@@ -13,37 +13,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import conclude, decode, draw, finish, first_pictures, observe, options, parse, quality, show
+from common import OPEN, conclude, decode, draw, finish, gallery, observe, options, parse, quality, seeds, show
 from sweep import captions_of
 
 SETTINGS = {"neither": (0, 0), "prior": (1, 0), "decoder": (0, 1), "both": (1, 1)}  # guided or not: prior, decoder
 
 
 def measure(stack, args):
-    """({setting: {column: pseudo-values}}, {setting: images of seed 0})."""
-    groups, first, captions = {name: [] for name in SETTINGS}, {}, []
+    """{setting: {column: pseudo-values}}."""
+    groups, captions = {name: [] for name in SETTINGS}, []
     scale = {0: 1, 1: args.guidance}
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
-        captions += twice[::2]
+        captions.append(twice[::2])
         z_i = {guided: draw(stack, twice, seed, "diffusion", scale[guided]) for guided in scale}
         for name, (in_prior, in_decoder) in SETTINGS.items():
             images = decode(stack, z_i[in_prior], twice, seed, scale[in_decoder], args.steps)
             seen = observe(images, twice)
             groups[name].append(list(zip(seen[::2], seen[1::2])))
-            first.setdefault(name, images)
     measured = quality(captions)
-    return {name: measured(groups[name]) for name in SETTINGS}, first
+    return {name: measured(groups[name]) for name in SETTINGS}
+
+
+def pictures(stack, args):
+    """Eight pictures of the caption OPEN for each setting, {row: images}."""
+    scale, eight = {0: 1, 1: args.guidance}, [OPEN] * 8
+    z_i = {guided: draw(stack, eight, 0, "diffusion", scale[guided]) for guided in scale}
+    return {f"guided: {name}": decode(stack, z_i[in_prior], eight, 0, scale[in_decoder], args.steps)
+            for name, (in_prior, in_decoder) in SETTINGS.items()}
 
 
 def conclusions(rows):
-    """The effect of guiding each of the two, as the mean over guiding the other and not."""
-    said = []
+    """§5.5's question, the prior guided beside a guided decoder; then the effect of each, as the mean over guiding the other and not."""
+    said = [conclude(f"Guiding the prior beside a guided decoder, {column}", rows["both"][column], rows["decoder"][column], "higher",
+                     "lower") for column in rows["neither"]]
     for what, guided, free in (("the prior", ("prior", "both"), ("neither", "decoder")),
                                ("the decoder", ("decoder", "both"), ("neither", "prior"))):
         mean = lambda names, column: np.mean([rows[name][column] for name in names], 0)
@@ -62,10 +69,9 @@ def main():
         if not 0 <= args.guidance <= 100:
             raise UserError(f"--guidance {args.guidance:g}: must be between 0 and 100")
         stack = sample.load_stack(args.weights, pick_device(args.device))
-        rows, first = measure(stack, args)
+        rows = measure(stack, args)
         show(rows, "guided")
-        strip = first_pictures(first)
-        finish(args, conclusions(rows), strip, rows=rows)
+        finish(args, conclusions(rows), gallery(pictures(stack, args)) if args.picture else None, rows=rows)
 
 
 if __name__ == "__main__":

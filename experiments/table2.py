@@ -6,8 +6,8 @@ Out:  on stdout, what each prior's training cost, in operations that torch count
       autoregressive one: seconds, Fréchet distance of z_i to true ones, how often a picture decoded from z_i shows all that
       its caption says, and the Fréchet distance of those pictures; then the conclusions. --picture: pictures, a prior a row
 
-Which comparison is at equal training compute is for the counts to say: where they differ by more than a tenth, the script says
-how many steps would make them equal.
+Whether the comparison is at equal training compute is for the counts to say: where they differ by more than a quarter, the script
+says how many steps would make them equal. Equal sampling time is measured, or given by --equal-steps.
 
     python experiments/table2.py
     python experiments/table2.py --prior runs/equal/prior.pt --ar-prior runs/equal/ar-prior.pt
@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, read_checkpoint
-from common import (conclude, decode, draw, fidelity, finish, first_pictures, jackknife, load_network, observe, options,
-                    parse, right, show, true_scenes)
+from common import (conclude, decode, draw, fidelity, finish, gallery, jackknife, load_network, observe, options,
+                    parse, right, seeds, show, true_scenes)
 from priors import embed, frechet
 from speed import operations
 from sweep import captions_of
@@ -43,22 +42,25 @@ def training(path, stage, stack):
         steps, batch = record["step"], record["recipe"]["batch_size"]
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say how long it was trained") from None
-    few = captions_of(8, 0)
-    text, null = encode_captions(stack["clip"], stack["tokenizer"], few)
-    z_i = embed(stack, true_scenes(few, 0)).to(text["z_t"].device)
+    one = captions_of(batch, 0)  # as long as training's batches: operations grow with the longest caption
+    text, null = encode_captions(stack["clip"], stack["tokenizer"], one)
+    z_i = embed(stack, true_scenes(one, 0)).to(text["z_t"].device)
     network = stack[stage].requires_grad_(True)
     with torch.enable_grad():
         count = operations(lambda: LOSSES[stage](network, z_i, text, null).backward())
     network.requires_grad_(False).zero_grad()
-    return steps, count / len(few) * batch
+    return steps, count
 
 
 def equal_steps(stack, captions):
     """For these captions (seconds of the AR prior, of the diffusion prior, the latter's steps that take no longer than the former)."""
     def seconds(kind, steps=None):
-        began = time.perf_counter()
-        draw(stack, captions, 0, kind, steps=steps)
-        return time.perf_counter() - began
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            draw(stack, captions, 0, kind, steps=steps)
+            times.append(time.perf_counter() - began)
+        return min(times[1:])  # the first one warms up
 
     ar, one, full = seconds("ar"), seconds("diffusion", 1), seconds("diffusion")
     each = (full - one) / max(1, stack["prior"].config.steps - 1)
@@ -66,14 +68,14 @@ def equal_steps(stack, captions):
 
 
 def measure(stack, args, steps):
-    """({prior: {column: one number a seed}}, {prior: images of seed 0}); steps: of the diffusion prior at equal time."""
+    """({prior: {column: one number a seed}}, a picture of the first captions); steps: of the diffusion prior at equal time."""
     kinds = {"AR": ("ar", None), "diffusion": ("diffusion", None), "diffusion, AR's time": ("diffusion", steps)}
     seen, z, seconds, true, first, captions = ({k: [] for k in kinds}, {k: [] for k in kinds}, {k: [] for k in kinds}, [], {}, [])
-    for seed in tqdm(range(args.seeds), "seeds"):
+    for seed in seeds(args):
         many = captions_of(MORE * args.n, seed)
         some = many[:args.n]
-        captions += some
-        true += embed(stack, true_scenes(many, 1000 + seed))
+        captions.append(some)
+        true.append(list(embed(stack, true_scenes(many, 1000 + seed))))
         for name, (kind, number) in kinds.items():
             began = time.perf_counter()
             z_i = draw(stack, many, seed, kind, steps=number)
@@ -82,10 +84,11 @@ def measure(stack, args, steps):
             z[name].append(list(z_i))
             seen[name].append(observe(images, some))
             first.setdefault(name, images)
-    columns, true = {"all right": right("all"), **fidelity(captions)}, torch.stack(true)
-    distance = lambda z_i: 1000 * frechet(torch.stack(z_i), true)
-    return {name: {"seconds for 1,000": seconds[name], "distance of z_i, ×1000": jackknife(distance, z[name])}
-            | {c: jackknife(statistic, seen[name]) for c, statistic in columns.items()} for name in kinds}, first
+    columns = {"all right": right("all"), **fidelity(captions)}
+    distance = lambda z_i, true: 1000 * frechet(torch.stack(z_i), torch.stack(true))
+    first = {name: images[:8] for name, images in first.items()}
+    return {name: {"seconds for 1,000": seconds[name], "distance of z_i, ×1000": jackknife(distance, z[name], true)}
+            | {c: column(seen[name]) for c, column in columns.items()} for name in kinds}, gallery(first, captions[0])
 
 
 def conclusions(rows):
@@ -101,9 +104,10 @@ def balance(costs):
     said = "; ".join(f"{stage} {steps:,} steps of {each / 1e9:,.1f} GFLOP, {totals[stage] / 1e12:,.0f} TFLOP in all"
                      for stage, (steps, each) in costs.items())
     less, more = sorted(totals, key=totals.get)
-    if totals[more] < 1.1 * totals[less]:
-        return f"Training: {said}: equal within a tenth. What follows is at equal training compute."
-    return (f"Training: {said}: not equal. Equal to {less} would be {more} trained for "
+    ratio = totals[more] / totals[less]
+    if ratio < 1.25:
+        return f"Training: {said}: {more} {ratio:.2f} times as much, so what follows is at nearly equal training compute."
+    return (f"Training: {said}: {more} {ratio:.2f} times as much. Equal to {less} would be {more} trained for "
             f"{round(totals[less] / costs[more][1]):,} steps; what follows is not at equal training compute.")
 
 
@@ -113,18 +117,23 @@ def main():
                      f"captions whose pictures are decoded; {MORE} times as many z_i are drawn")
     for stage in LOSSES:
         parser.add_argument(f"--{stage}", type=Path, metavar="PATH", help=f"default: {stage}.pt of --weights")
+    parser.add_argument("--equal-steps", type=int, help="of the diffusion prior in its last row (default: as many as take no longer "
+                        "than the autoregressive prior, by the clock)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
+        if args.equal_steps is not None and not 1 <= args.equal_steps <= 1000:
+            raise UserError(f"--equal-steps {args.equal_steps}: must be between 1 and 1000")
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
         paths = {"prior": args.prior or args.weights / "prior.pt", "ar-prior": args.ar_prior or args.weights / "ar-prior.pt"}
         stack |= {stage: load_network(path, stage, stack) for stage, path in paths.items()}
         said = balance({stage: training(path, stage, stack) for stage, path in paths.items()})
         ar, full, steps = equal_steps(stack, captions_of(64, 0))
-        print(f"{said}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; AR takes as long as {steps} of its steps.\n",
+        steps = args.equal_steps or steps
+        print(f"{said}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; the last row has {steps} of its steps.\n",
               flush=True)
-        rows, first = measure(stack, args, steps)
+        rows, picture = measure(stack, args, steps)
         show(rows, "prior")
-        finish(args, conclusions(rows), first_pictures(first), training=said, steps=steps, rows=rows)
+        finish(args, conclusions(rows), picture, training=said, steps=steps, rows=rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never 
         python train.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
         python train.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
 Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
-      CLIP's nearest caption "a circle" … "a cross" names the thing, and how often the word; and which of the two a decoding
-      of z_i shows. The reader's own line is of the pictures themselves. Then the conclusions. --picture: pictures, plain and
-      with a word, each over its decoding
+      CLIP's nearest caption "a circle" … "a cross" names the thing, how often the word, and how often one of the four other
+      shapes, which is what mere damage would make of it; and which of these a decoding of z_i shows. The reader's own line is of
+      the pictures themselves. Then the conclusions. --picture: pictures, plain and with a word, each over its decoding
 
     python experiments/typographic.py --weights runs/words --picture docs/typographic.png
 """
@@ -19,13 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
 from clip_embed import encode_captions, one_line_errors, pick_device, read_checkpoint
-from common import conclude, decode, finish, first_pictures, jackknife, options, parse, show, to_images
+from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
 from priors import embed
 from train import lay_out, pick, random_scene
 
@@ -74,9 +73,9 @@ def named(stack, z_i):
 
 
 def measure(stack, args):
-    """({"who, on what": {column: pseudo-values}}, {the same: images of seed 0})."""
-    seen, first = {}, {}
-    for seed in tqdm(range(args.seeds), "seeds"):
+    """({"who, on what": {column: pseudo-values}}, a picture of the first scenes)."""
+    seen, first, heads = {}, {}, []
+    for seed in seeds(args):
         plain, worded = scenes_of(args.n, seed)
         for what, scenes in (("plain", plain), ("with a word", worded)):
             z_i, images = embed(stack, scenes), to_images(scenes)
@@ -85,19 +84,25 @@ def measure(stack, args):
             things = [scene.things[0] for scene in worded]
             for who, shapes in answers.items():
                 seen.setdefault(f"{who}, {what}", []).append(
-                    [{"thing": shape == thing.shape, "word": shape == thing.word} for shape, thing in zip(shapes, things)])
-            first.setdefault(what, images)
-            first.setdefault(f"{what}, decoded", made)
+                    [{"thing": shape == thing.shape, "word": shape == thing.word, "other": shape in SHAPES and
+                      shape not in (thing.shape, thing.word)} for shape, thing in zip(shapes, things)])
+            first.setdefault(what, images[:8])
+            first.setdefault(f"{what}, decoded", made[:8])
+            heads = heads or [f"{thing.shape}, {thing.word}" for thing in things]
     share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
-    return {name: {c: jackknife(share(c), groups) for c in ("thing", "word")} for name, groups in seen.items()}, first
+    return {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in seen.items()}, gallery(first, heads)
 
 
 def conclusions(rows):
-    """What the word does to CLIP's label and to the decoding, and which of the two it does more to."""
+    """What the word takes, which of the two loses more by it, and whether it is read: chosen above the other wrong shapes."""
     taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
-    said = [conclude(f"{who} {verb} the {column}, with a word across against plain", rows[f"{who}, with a word"][column],
-                     rows[f"{who}, plain"][column], "more often", "less often")
-            for who, verb in (("CLIP", "names"), ("decoding", "shows")) for column in ("thing", "word")]
+    said = []
+    for who, verb in (("CLIP", "names"), ("decoding", "shows")):
+        worded = rows[f"{who}, with a word"]
+        said += [conclude(f"{who} {verb} the thing, with a word across against plain", worded["thing"], rows[f"{who}, plain"]["thing"],
+                          "more often", "less often"),
+                 conclude(f"With a word across, {who} {verb} the word's shape against each of the four others", worded["word"],
+                          np.divide(worded["other"], 4), "more often, so it is read", "less often")]
     return said + [conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
                             taken("decoding"))]
 
@@ -111,9 +116,9 @@ def main():
         checkpoint = read_checkpoint(args.weights / "clip.pt", "clip")
         words = (checkpoint.get("trained") or checkpoint.get("training") or {}).get("recipe", {}).get("words", 0)
         print(f"This CLIP's training had words in {words:.0%} of its scenes.\n", flush=True)
-        rows, first = measure(stack, args)
+        rows, picture = measure(stack, args)
         show(rows, "who, on what")
-        finish(args, conclusions(rows), first_pictures(first), rows=rows)
+        finish(args, conclusions(rows), picture, rows=rows)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import typographic
 from caption_accuracy import parse_caption, score
 from clip_embed import UserError
 from common import attributes, conclude, jackknife, observe, to_images, true_scenes
+from sweep import captions_of
 
 OPEN = ["a circle and a star", "a heart", "a large cross", "a red square on pink"]
 
@@ -68,9 +69,11 @@ def test_students_t_is_that_of_the_printed_tables(freedom, quantile):
 
 def test_a_conclusion_is_drawn_both_ways_and_by_chance_in_a_twentieth_of_the_cases():
     a = [0.5, 0.6, 0.55, 0.52, 0.58]
-    assert "what: higher (+0.100 ± 0.000" in conclude("what", a, np.subtract(a, 0.1), "higher", "lower")
-    assert "what: lower (-0.100 ± 0.000" in conclude("what", np.subtract(a, 0.1), a, "higher", "lower")
+    b = np.subtract(a, [0.1, 0.1001, 0.0999, 0.1, 0.1])
+    assert "what: higher (+0.100 ± 0.000" in conclude("what", a, b, "higher", "lower")
+    assert "what: lower (-0.100 ± 0.000" in conclude("what", b, a, "higher", "lower")
     assert "no difference shown (-0.000 ± 0.0" in conclude("what", a, np.mean(a) + 1e-9)
+    assert "no difference shown" in conclude("what", a, a) and "every seed gave the same" in conclude("what", [1, 1, 1], 0.5)
     assert "cannot be told" in conclude("what", [math.nan, 1], 0)
     rng = np.random.default_rng(1)
     wrong = np.mean(["no difference" not in conclude("", rng.normal(size=5), 0) for _ in range(400)])
@@ -82,20 +85,22 @@ def test_a_conclusion_is_drawn_both_ways_and_by_chance_in_a_twentieth_of_the_cas
 def test_true_renderings_are_observed_right_and_drawings_of_other_captions_wrong():
     images = to_images(true_scenes(OPEN * 3, 7))
     seen = observe(images, OPEN * 3)
-    assert common.right("all")(seen) == 1 and math.isnan(common.right("relation")(seen))
+    groups = lambda some: [some[:6], some[6:]]
+    assert common.right("all")(groups(seen)) == [1, 1] and np.isnan(common.right("relation")(groups(seen))).all()
     wrong = observe(images, np.roll(OPEN * 3, 1).tolist())
-    assert common.right("all")(wrong) == 0
+    assert common.right("all")(groups(wrong)) == [0, 0]
     for image, caption, one in zip(images, OPEN, wrong[1:]):
         assert score(sample.to_picture(image), caption) == seen[OPEN.index(caption)]["right"]
 
 
 def test_true_pictures_are_at_distance_0_from_the_world_and_damaged_ones_further():
-    distances = common.fidelity(OPEN)
-    seen = observe(to_images(true_scenes(OPEN * 40, 3)), OPEN * 40)
-    groups = [seen[k::5] for k in range(5)]
+    """Each seed with captions of its own, as the scripts have them: a seed left out must leave the renderings too."""
+    captions = [captions_of(32, seed) for seed in range(5)]
+    distances = common.fidelity(captions)
+    groups = [observe(to_images(true_scenes(some, 30 + k)), some) for k, some in enumerate(captions)]
     for name, change in (("distance, attributes", lambda o: o | {"found": replace(o["found"], background="white")}),
                          ("distance, features", lambda o: o | {"image": F.avg_pool2d(o["image"], 3, 1, 1)})):
-        true, hurt = (jackknife(distances[name], [list(map(f, g)) for g in groups]) for f in (dict, change))
+        true, hurt = (distances[name]([list(map(f, g)) for g in groups]) for f in (dict, change))
         error = np.std(true, ddof=1) / 5 ** 0.5
         assert abs(np.mean(true)) < 4 * error + 0.02 and np.mean(hurt) > np.mean(true) + 4 * error
 
@@ -143,30 +148,48 @@ def test_swapped_pairs_are_told_from_right_ones_and_from_neither():
     pairs = binding.pairs_of(6, 0)
     assert pairs[0][0][0] == pairs[1][1][0] and [s for _, s in pairs[0]] == [s for _, s in pairs[1]]
     assert not train.HELD_OUT & {pair for both in pairs for pair in both}
-    captions = [f"a {a} {s} and a {b} {t}" for (a, s), (b, t) in pairs]
+    captions = [f"{common.phrase(*one)} and {common.phrase(*other)}" for one, other in pairs]
     images = to_images(true_scenes(captions, 0))
     order = [1, 0, 3, 2, 5, 4]
     assert binding.verdicts(images, pairs) == [1] * 6 and binding.verdicts(images[order], pairs) == [0] * 6
     assert np.isnan(binding.verdicts(images.roll(2, 0), pairs)).all()  # other things
     neither = binding.verdicts(torch.ones(6, 3, 64, 64), pairs)
     assert np.isnan(neither).all() and binding.decided([1, 0, 1, 1, *neither]) == 0.75 and math.isnan(binding.decided(neither))
-    z = F.normalize(torch.randn(6, 8), dim=1)
-    assert (binding.preference(z, z) > 0).all() and (binding.preference(z[order], z) < 0).all()
+    z, others = F.normalize(torch.randn(6, 8), dim=1), torch.randn(6, 3, 8)
+    own = torch.cat([z[:, None], others], 1)  # z itself is the nearest of its own
+    assert (binding.preference(z, own) > 0).all() and (binding.preference(z[order], own) < 0).all()
 
 
-def test_pairs_never_trained_stand_beside_trained_ones_of_the_same_colours_and_shapes():
-    assert not train.HELD_OUT & set(composition.TRAINED)
+def test_references_of_a_swapped_caption_are_the_same_scenes_with_their_colours_exchanged(monkeypatch):
+    monkeypatch.setattr(binding, "embed", lambda stack, scenes: to_images(scenes).flatten(1))
+    pairs = binding.pairs_of(4, 1)
+    captions = [f"{common.phrase(*one)} and {common.phrase(*other)}" for one, other in pairs]
+    images = binding.references(None, captions, 3).unflatten(2, (3, 64, 64))
+    assert images.shape[:2] == (4, binding.REFERENCES)
+    for k in range(4):
+        assert all(score(sample.to_picture(image), captions[k])["bound"] for image in images[k, :3])
+    differ = (images[0] - images[1]).abs().amax(1) > 0.05  # only where the things are
+    assert (differ.flatten(1).double().mean(1) < 0.4).all()
+
+
+def test_pairs_never_trained_stand_beside_all_trained_ones_of_the_same_colours_and_shapes():
+    assert not train.HELD_OUT & set(composition.TRAINED) and len(set(composition.TRAINED)) == 12
     for k in range(2):
-        assert sorted(p[k] for p in composition.TRAINED) == sorted(p[k] for p in composition.NEW)
+        assert sorted(p[k] for p in composition.TRAINED) == sorted(3 * [p[k] for p in composition.NEW])
 
 
-def test_earliness_is_1_for_what_the_first_component_brings_and_less_for_what_comes_last():
+def test_articles_are_those_of_the_captions_that_training_hears():
+    assert common.phrase("orange", "star") == "an orange star" and common.phrase("red", "circle") == "a red circle"
+
+
+def test_earliness_is_1_for_what_the_first_component_brings_and_less_for_what_comes_last(monkeypatch):
     first = [[{"a": 0, "b": 0, "c": k % 2}] + [{"a": 1, "b": n == 3, "c": k % 2 or k == 0} for n in range(4)] for k in range(40)]
     assert components.earliness("a")(first) == 1 and components.earliness("b")(first) == 0.25
     assert math.isnan(components.earliness("c")(first))  # right by chance alone
     early = {"a": {"how early": [1, 0.9, 1.1]}, "b": {"how early": [0.2, 0.3, 0.1]}, "c": {"how early": [math.nan] * 3}}
+    monkeypatch.setattr(components, "QUESTIONS", (("a", "b"), ("a", "c")))
     said = components.conclusions(early)
-    assert said[0].endswith(": c.") and said[1].startswith("a before b: earlier (+0.8")
+    assert said[0].endswith(": c.") and said[1].endswith(": a, b.") and said[2].startswith("a before b: earlier (+0.8") and len(said) == 3
 
 
 def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
@@ -179,7 +202,7 @@ def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
 
 
 def test_equal_training_compute_is_said_where_it_is_and_else_what_would_make_it_so():
-    assert "at equal training compute." in table2.balance({"prior": (100, 3e9), "ar-prior": (310, 1e9)})
+    assert "1.03 times as much, so what follows is at nearly equal" in table2.balance({"prior": (100, 3e9), "ar-prior": (310, 1e9)})
     assert "prior trained for 100 steps; what follows is not" in table2.balance({"prior": (300, 3e9), "ar-prior": (300, 1e9)})
 
 
@@ -191,7 +214,7 @@ def few(monkeypatch):
     for function in (common.fidelity, common.diversity):
         monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 20))
     monkeypatch.setattr(components, "FITTED", 64)
-    monkeypatch.setattr(binding, "RENDERINGS", 2)
+    monkeypatch.setattr(binding, "REFERENCES", 2)
 
 
 @pytest.mark.parametrize("script", [guidance, guided_prior, figure8, table2, typographic, components, binding, composition])
