@@ -176,6 +176,12 @@ def meaning(scene, said):
     return tuple(things if relation else sorted(things)), relation, scene.background if "background" in said else None
 
 
+def swapped(scene, attribute):
+    """A scene whose two things have exchanged an attribute."""
+    return replace(scene, things=tuple(replace(t, **{attribute: getattr(u, attribute)})
+                                       for t, u in zip(scene.things, scene.things[::-1])))
+
+
 def near_misses(scene, said, rng, n=3):
     """n scenes that the same kind of caption tells from this one, and from one another, by one thing it says (§7, fig. 14).
 
@@ -192,7 +198,7 @@ def near_misses(scene, said, rng, n=3):
             a = pick(rng, ["shape", *sorted(s[1] for s in said if s[0] == k), *["background"] * ("background" in said)])
         if a == "swap":
             a = "colour" if "colour" in swaps and rng.random() < 0.5 else pick(rng, swaps)
-            other = replace(scene, things=tuple(replace(t, **{a: getattr(u, a)}) for t, u in zip(things, things[::-1])))
+            other = swapped(scene, a)
         elif a == "relation":
             other = replace(scene, relation=pick(rng, [RELATIONS[scene.relation]] * 2 + [*RELATIONS]))
         elif a == "background":

@@ -17,7 +17,6 @@ Out:  on stdout, a table over pairs of captions with their colours swapped, "a r
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from clip_embed import encode_captions, one_line_errors, pick_device
 from common import (conclude, decode, draw, finish, gallery, jackknife, load_network, options, parse, phrase, seeds,
                     show, to_images, true_scenes)
 from priors import embed
-from train import COLOURS, HELD_OUT, SHAPES
+from train import COLOURS, HELD_OUT, SHAPES, swapped
 
 REFERENCES = 64  # true pictures of each caption, for the nearest
 
@@ -46,7 +45,7 @@ def pairs_of(n, seed):
     return pairs[:n]
 
 
-def swapped(rows):
+def neighbours(rows):
     """The other one of each two neighbours, along the first axis of a tensor with an even length."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
@@ -55,15 +54,13 @@ def preference(z, own):
     """How far each of z (n, d) prefers its own of two sets of directions: the largest cosine with own (n, R, d) less that with the
     swapped one's."""
     nearest = lambda directions: F.cosine_similarity(z[:, None], directions, dim=-1).amax(1)
-    return nearest(own) - nearest(swapped(own))
+    return nearest(own) - nearest(neighbours(own))
 
 
 def references(stack, captions, seed):
     """z_i (n, R, d) of R true pictures of each caption; of each two captions the second's are the first's with colours exchanged."""
-    exchanged = lambda scene: replace(scene, things=tuple(
-        replace(thing, colour=other.colour) for thing, other in zip(scene.things, scene.things[::-1])))
     first = true_scenes([caption for caption in captions[::2] for _ in range(REFERENCES)], seed)
-    both = [embed(stack, scenes).unflatten(0, (-1, REFERENCES)) for scenes in (first, list(map(exchanged, first)))]
+    both = [embed(stack, scenes).unflatten(0, (-1, REFERENCES)) for scenes in (first, [swapped(scene, "colour") for scene in first])]
     return torch.stack(both, 1).flatten(0, 1)
 
 

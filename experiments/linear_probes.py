@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_embed import UserError, load_clip, one_line_errors, pick_device
 from priors import draw, embed
 from sample import SHIPPED
-from train import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene
+from train import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, swapped
 
 RIDGE = 1e-6  # of the mean square of a coordinate
 
@@ -60,9 +60,8 @@ def rivals(scene):
     """{name: a scene whose caption is wrong of this one of two things}: the relation turned round, or an attribute swapped."""
     a, b = scene.things
     alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # then the relation may as well be the other one
-    swapped = {f"{k} swapped": replace(scene, things=(replace(a, **{k: getattr(b, k)}), replace(b, **{k: getattr(a, k)})))
-               for k in VALUES if getattr(a, k) != getattr(b, k)}
-    return swapped | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
+    exchanged = {f"{k} swapped": swapped(scene, k) for k in VALUES if getattr(a, k) != getattr(b, k)}
+    return exchanged | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
 
 
 def preferred(stack, scenes, z_i):
