@@ -12,8 +12,9 @@ z_i along the difference of two captions (§3.3), reconstructions keep z_i's fir
 trained here, and the only sampler is the decoder's DDIM, with η = 0 but for variations.
 
 Where the paper is silent, ours: decoding is unguided, unclamped, and repeats the inversion's caption and steps, for only then
-are the two each other's inverse; slerp of x_T turns the directions and changes the norms evenly; the principal components
-are the autoregressive prior's, and what is left of z_i is normalized again.
+are the two each other's inverse; of variations, which are to differ, guidance grows with η; slerp of x_T turns the directions and
+changes the norms evenly; the principal components are the autoregressive prior's, and what is left of z_i is normalized again; the
+difference of two captions is brought into their span before it moves z_i (text_diff).
 
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
     python manipulate.py interpolate a.png b.png --frames 9 --gif
@@ -76,8 +77,8 @@ def invert(stack, images, captions="", steps=50, seed=0, bar=False):
         model, x_0[some].to(device), z_i[some].to(device), text, noise[some], steps, bar))
 
 
-def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False):
-    """Images (B, n, 3, 64, 64) in [-1, 1] on the CPU, by unguided DDIM, of z_i (B, n, d) from x_T (B, n, 3, 64, 64).
+def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False, guidance=1.0):
+    """Images (B, n, 3, 64, 64) in [-1, 1] on the CPU, by DDIM, of z_i (B, n, d) from x_T (B, n, 3, 64, 64).
 
     captions: one for all or one for each of B. Of the B · n pictures the k-th draws its noise from seed + k, where η asks
     for any. Raises UserError.
@@ -88,7 +89,7 @@ def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False):
     captions = [caption for caption in one_each(captions, B) for _ in range(n)]
     z_i, x_T, noise = z_i.flatten(0, 1), x_T.flatten(0, 1), generators("decoder", seed, range(B * n))
     return in_batches(stack, captions, lambda some, text, null: decoder.sample(
-        stack["decoder"], z_i[some].to(device), text, null, noise[some], 1, steps, eta, x_T[some].to(device),
+        stack["decoder"], z_i[some].to(device), text, null, noise[some], guidance, steps, eta, x_T[some].to(device),
         clamp=False, bar=bar)).unflatten(0, (B, n))
 
 
@@ -117,10 +118,12 @@ def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, se
     """n pictures of each code and η: z_i kept, the way from x_T left the more, the larger η (§3.1, fig. 3).
 
     z_i (B, d), x_T (B, 3, 64, 64), as invert gives them → (B, len(etas), n, 3, 64, 64). η = 0 draws nothing and gives n times
-    the picture back.
+    the picture back. Guidance, which would spoil that, grows with η from none to the decoder's own, 1 + η (w − 1) (ours): the less
+    x_T holds the picture, the more must z_i.
     """
     z_i, x_T = z_i[:, None].expand(-1, n, -1), x_T[:, None].expand(-1, n, -1, -1, -1)
-    return torch.stack([decode(stack, z_i, x_T, captions, eta, steps, seed, bar) if eta else
+    guidance = lambda eta: 1 + eta * (stack["decoder"].config.guidance - 1)
+    return torch.stack([decode(stack, z_i, x_T, captions, eta, steps, seed, bar, guidance(eta)) if eta else
                         decode(stack, z_i[:, :1], x_T[:, :1], captions, 0, steps, bar=bar).expand_as(x_T) for eta in etas], 1)
 
 
@@ -139,11 +142,13 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 
 @torch.no_grad()
-def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions="", steps=50, bar=False):
+def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, components=None, captions="", steps=50, bar=False):
     """Pictures moved from what caption `source` says to what `to` says, (B, frames, 3, 64, 64) (§3.3, fig. 5).
 
     z_d = z_t − z_t0, normalized, and z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays. source None: z_d = z_t (the
-    paper's footnote). to, source: one for all or one each. Raises UserError, also where two captions say the same to CLIP.
+    paper's footnote). to, source: one for all or one each. components (K, d): z_d loses what lies outside of their span (ours):
+    captions vary in directions in which z_i never does, and there a decoder has learnt nothing of what to draw. Raises UserError,
+    also where two captions say the same to CLIP.
     """
     if frames < 2:
         raise UserError(f"{frames} frames: must be at least 2")
@@ -151,6 +156,7 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
     z_d = read(to) if source is None else read(to) - read(source)
     if (z_d.norm(dim=1) < 1e-4).any():
         raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
+    z_d = z_d if components is None else z_d @ components.T @ components
     z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
     z_theta = torch.stack([slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)], 1)
     return decode(stack, z_theta, x_T[:, None].expand(-1, frames, -1, -1, -1), captions, 0, steps, bar=bar)
@@ -288,6 +294,8 @@ def main():
     add("--to", required=True, metavar="CAPTION", help="what it should show")
     add("--max", type=float, default=0.5, help="how far, as a share of the whole angle (default 0.5; the paper: 0.25 to 0.5)")
     add("--frames", type=int, default=7, help="pictures from none of it to all (default 7)")
+    add("--whole", action="store_true", help="the whole difference of the captions, as in the paper; else, where there is an "
+        "ar-prior.pt, only its part along the principal components of z_i")
     add = command("reconstruct", 1, "decode z_i from its first k principal components: what comes first? (fig. 7)")
     add("--components", type=int, nargs="+", metavar="K", help="how many (default 1 2 4 8 … and all that ar-prior.pt keeps)")
     add("--rows", type=int, default=2, help="the first with the picture's own x_T, the others with random noise (default 2)")
@@ -308,10 +316,13 @@ def main():
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"{path.parent}: cannot write there ({error})") from None
-        kind = "ar" if args.command == "reconstruct" else "none"  # the autoregressive prior keeps z_i's components
+        needs = args.command == "reconstruct" or (
+            args.command == "textdiff" and not args.whole and (args.weights / "ar-prior.pt").exists())
+        kind, components = "ar" if needs else "none", None  # the autoregressive prior keeps z_i's principal components
         stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip, args.bpe)
-        if kind == "ar":
+        if needs:
             mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
+        if args.command == "reconstruct":
             kept = len(components)
             counts = args.components or [*(2 ** n for n in range(20) if 2 ** n < kept), kept]
             if max(counts) > kept:
@@ -329,7 +340,7 @@ def main():
             images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, seed=args.seed, **options)[0]
             labels = [thetas] * len(images)
         elif args.command == "textdiff":
-            images, labels = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames, **options), [thetas]
+            images, labels = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames, components, **options), [thetas]
         else:
             noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), (args.rows, *x_T.shape[1:]), "cpu")
             z_i, x_T = z_i.expand(args.rows, -1), torch.cat([x_T, noise])[:args.rows]

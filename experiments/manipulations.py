@@ -111,7 +111,7 @@ def inversion(stack, args):
 
 def variations(stack, args):
     """What variations keep, and how far they wander."""
-    scenes, etas = scenes_of(2, args.n, args.seed), (0, 0.25, 0.5, 0.75, 1)
+    scenes, etas = scenes_of(2, args.n, args.seed), (0, 0.5, 1)
     images = to_images(scenes)
     z_i, x_T = manipulate.invert(stack, images, steps=args.steps[0], seed=args.seed, bar=True)
     made = manipulate.variations(stack, z_i, x_T, 1, etas, steps=args.steps[0], seed=args.seed, bar=True)[:, :, 0]
@@ -171,7 +171,7 @@ EDITS = {
 def textdiff(stack, args):
     """How often a text diff changes what it should and keeps the rest; its maximum is chosen on other pictures."""
     result, rows = {}, []
-    steps = args.steps[0]
+    steps, components = args.steps[0], None if args.whole else stack["ar-prior"].components.cpu()
     for part, (name, (fixed, attribute, value, source, to)) in enumerate(EDITS.items(), 4):
         def make(rng):
             while True:
@@ -197,10 +197,11 @@ def textdiff(stack, args):
         z_i, x_T = manipulate.invert(stack, to_images(scenes), steps=steps, seed=args.seed, bar=True)
         rest, test = slice(args.n, n), slice(0, args.n)
         tried = manipulate.text_diff(stack, z_i[rest], x_T[rest], say(to)[rest], say(source)[rest], THETAS / 10, THETAS + 1,
-                                     steps=steps, bar=True)
+                                     components, steps=steps, bar=True)
         scores = {k / 10: measured(tried[:, k], scenes[rest]) for k in range(1, THETAS + 1)}
         best = max(scores, key=lambda theta: (scores[theta][2], -theta))
-        made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, steps=steps, bar=True)
+        made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, components, steps=steps,
+                                    bar=True)
         edited = [replace(s, things=(replace(s.things[0], **{attribute: value}),)) for s in scenes[test]]
         if attribute == "size":
             edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]
@@ -242,6 +243,7 @@ def main():
     parser.add_argument("--n", type=int, default=200, help="pictures for each part (default 200)")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 250], help="DDIM steps of inversions to compare; all "
                         "else takes the first (default 50 250)")
+    parser.add_argument("--whole", action="store_true", help="text diffs by the whole difference of captions, as manipulate.py has it")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="default: the shipped ones")
     parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")

@@ -146,7 +146,7 @@ def test_functions_refuse_what_the_command_line_refuses(wrong, said, stack, code
         wrong(stack, *code[:2])
 
 
-def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_further(stack, code):
+def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_further(stack, code, monkeypatch):
     z_i, x_T, _ = code
     again = decode(stack, z_i[:, None], x_T[:, None], steps=20)[:, 0]
     made = variations(stack, z_i, x_T, 3, (0, 0.4, 1), steps=20, seed=5)
@@ -157,6 +157,11 @@ def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_fur
     assert not torch.allclose(made[0, 2, 0], made[0, 2, 1], atol=0.05)
     alone = variations(stack, z_i[:1], x_T[:1], 3, (1,), steps=20, seed=5)
     assert torch.allclose(alone[0, 0], made[0, 2], atol=2 / 255)
+    scales = []
+    monkeypatch.setattr(manipulate, "decode", lambda *given, **named: scales.append(given[8] if len(given) > 8 else 1) or x_T[:, None])
+    variations(stack, z_i, x_T, 1, (0, 0.5, 1))
+    w = stack["decoder"].config.guidance
+    assert w > 1 and scales == [1, (1 + w) / 2, w]  # guidance grows with eta
 
 
 def test_interpolations_end_in_both_reconstructions_and_fixed_noise_stays(stack, code, monkeypatch):
@@ -188,6 +193,11 @@ def test_a_text_diff_moves_z_i_by_a_share_of_the_angle_to_the_difference_and_kee
     for k in range(5):
         assert torch.allclose(angle(z[:, k], z_i), 0.1 * k * whole, atol=1e-3)
         assert torch.allclose(angle(z[:, k], z_d), (1 - 0.1 * k) * whole, atol=1e-3)
+    axes = torch.linalg.qr(torch.randn(16, 5))[0].T
+    text_diff(stack, z_i, x_T, "a blue star", "a red circle", 1, 2, axes)  # only what lies in the span of five directions
+    inside = torch.nn.functional.normalize((read("a blue star") - read("a red circle")) @ axes.T, dim=1) @ axes
+    assert torch.allclose(seen[1][0][:, 1], inside.expand_as(z_i), atol=1e-5)
+    seen.pop()
     text_diff(stack, z_i, x_T, "a blue star", maximum=1, frames=2)
     assert torch.allclose(seen[1][0][:, 1], read("a blue star").expand_as(z_i), atol=1e-5)  # no source: towards z_t itself
     with pytest.raises(UserError, match="must differ"):
@@ -227,7 +237,8 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
 @pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0), ("textdiff", 1), ("reconstruction", 1)])
 def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise, and edits from θ = 0.3 on."""
-    def edit(stack, z_i, x_T, to, source, maximum, frames, **options):
+    def edit(stack, z_i, x_T, to, source, maximum, frames, components, **options):
+        assert components.shape == (9, 9)
         rows = []
         for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
             scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()
@@ -243,7 +254,8 @@ def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     monkeypatch.setattr(manipulate, "pca_reconstruct", lambda stack, z_i, x_T, mean, components, counts, **options:
                         z_i.unflatten(-1, (3, 64, 64))[:, None].expand(-1, len(counts), -1, -1, -1))
     pca = SimpleNamespace(mean=torch.zeros(9), components=torch.eye(9))
-    result = manipulations.PARTS[part]({"ar-prior": pca}, SimpleNamespace(n=4, seed=0, steps=[50]))
+    network = SimpleNamespace(config=SimpleNamespace(guidance=3))
+    result = manipulations.PARTS[part]({"ar-prior": pca, "decoder": network}, SimpleNamespace(n=4, seed=0, steps=[50], whole=False))
     assert sum(line.startswith("|---") for line in capsys.readouterr().out.splitlines()) == tables
     if part == "inversion":
         median = {name: values[0] for name, values in result[50].items()}
