@@ -142,6 +142,15 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 
 @torch.no_grad()
+def difference(stack, to, source, n, components=None):
+    """z_d (n, d) = z_t − z_t0, normalized: from what caption `source` says to what `to` says (§3.3). Arguments as in text_diff."""
+    read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, n))[0]["z_t"].cpu()
+    z_d = read(to) if source is None else read(to) - read(source)
+    if (z_d.norm(dim=1) < 1e-4).any():
+        raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
+    return F.normalize(z_d if components is None else z_d @ components.T @ components, dim=1)
+
+
 def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, components=None, captions="", steps=50, bar=False):
     """Pictures moved from what caption `source` says to what `to` says, (B, frames, 3, 64, 64) (§3.3, fig. 5).
 
@@ -152,12 +161,7 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, component
     """
     if frames < 2:
         raise UserError(f"{frames} frames: must be at least 2")
-    read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, len(z_i)))[0]["z_t"].cpu()
-    z_d = read(to) if source is None else read(to) - read(source)
-    if (z_d.norm(dim=1) < 1e-4).any():
-        raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
-    z_d = z_d if components is None else z_d @ components.T @ components
-    z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
+    z_d = difference(stack, to, source, len(z_i), components) * z_i.norm(dim=1, keepdim=True)
     z_theta = torch.stack([slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)], 1)
     return decode(stack, z_theta, x_T[:, None].expand(-1, frames, -1, -1, -1), captions, 0, steps, bar=bar)
 

@@ -207,13 +207,16 @@ def textdiff(stack, args):
             edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]
         z_true = manipulate.invert(stack, to_images(edited), steps=2)[0]
         true = manipulate.decode(stack, z_true[:, None], x_T[test][:, None], steps=steps, bar=True)[:, 0]
-        result[name] = {"maximum": best, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
+        z_d = manipulate.difference(stack, say(to)[test], say(source)[test], args.n, components)
+        cosine = float(F.cosine_similarity(z_d, z_true - z_i[test]).mean())
+        result[name] = {"maximum": best, "cosine": cosine, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
                         "untouched": measured(made[:, 0], scenes), "chosen among": scores}
-        rows.append((name, f"{best:g}", *result[name]["text diff"], *result[name]["true z_i"], result[name]["untouched"][1]))
-    print(f"Text diffs, {args.n} pictures each, the maximum chosen on {args.n // 4} others: the wanted attribute changed, all "
+        rows.append((name, f"{cosine:.3f}", f"{best:g}", *result[name]["text diff"], *result[name]["true z_i"], result[name]["untouched"][1]))
+    print(f"Text diffs, {args.n} pictures each: the cosine of z_d with the difference of the true z_i, edited less given; the "
+          f"maximum, chosen on {args.n // 4} others; the wanted attribute changed, all "
           "else that captions can say kept, both; the same of the decoder given the true z_i of the edited scene, from the same "
           "x_T; and what is kept of the picture's own code, decoded untouched\n")
-    table(("text diff", "maximum", "changed", "kept", "both", "true z_i: changed", "kept", "both", "untouched: kept"), rows)
+    table(("text diff", "cosine", "maximum", "changed", "kept", "both", "true z_i: changed", "kept", "both", "untouched: kept"), rows)
     return result
 
 

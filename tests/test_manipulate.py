@@ -251,6 +251,7 @@ def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), torch.randn(len(images), 3, 64, 64)))
     monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
     monkeypatch.setattr(manipulate, "text_diff", edit)
+    monkeypatch.setattr(manipulate, "difference", lambda stack, to, source, n, components: torch.ones(n, 3 * 64 * 64))
     monkeypatch.setattr(manipulate, "pca_reconstruct", lambda stack, z_i, x_T, mean, components, counts, **options:
                         z_i.unflatten(-1, (3, 64, 64))[:, None].expand(-1, len(counts), -1, -1, -1))
     pca = SimpleNamespace(mean=torch.zeros(9), components=torch.eye(9))
