@@ -313,7 +313,7 @@ def main():
         if args.save_latent and [Path(path).suffix for path in args.save_latent] != [".pt"] * len(args.pictures):
             raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of the "
                             f"{len(args.pictures)} pictures")
-        if args.out.suffix.lower() != ".png" and args.out.suffix.lower() in Image.registered_extensions():
+        if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
             raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png; any other name is a folder's")
         for path in [*map(Path, args.save_latent), args.out / "frame" if args.out.suffix != ".png" else args.out]:
             try:  # now, not after minutes of work
