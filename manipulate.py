@@ -142,16 +142,7 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 
 @torch.no_grad()
-def difference(stack, to, source, n, components=None):
-    """z_d (n, d) = z_t − z_t0, normalized: from what caption `source` says to what `to` says (§3.3). Arguments as in text_diff."""
-    read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, n))[0]["z_t"].cpu()
-    z_d = read(to) if source is None else read(to) - read(source)
-    if (z_d.norm(dim=1) < 1e-4).any():
-        raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
-    return F.normalize(z_d if components is None else z_d @ components.T @ components, dim=1)
-
-
-def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, components=None, captions="", steps=50, bar=False):
+def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions="", steps=50, bar=False, components=None):
     """Pictures moved from what caption `source` says to what `to` says, (B, frames, 3, 64, 64) (§3.3, fig. 5).
 
     z_d = z_t − z_t0, normalized, and z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays. source None: z_d = z_t (the
@@ -161,7 +152,12 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, component
     """
     if frames < 2:
         raise UserError(f"{frames} frames: must be at least 2")
-    z_d = difference(stack, to, source, len(z_i), components) * z_i.norm(dim=1, keepdim=True)
+    read = lambda said: clip_embed.encode_captions(stack["clip"], stack["tokenizer"], one_each(said, len(z_i)))[0]["z_t"].cpu()
+    z_d = read(to) if source is None else read(to) - read(source)
+    if (z_d.norm(dim=1) < 1e-4).any():
+        raise UserError("the two captions of a text diff must differ: their difference is the direction to go")
+    z_d = z_d if components is None else z_d @ components.T @ components
+    z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
     z_theta = torch.stack([slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)], 1)
     return decode(stack, z_theta, x_T[:, None].expand(-1, frames, -1, -1, -1), captions, 0, steps, bar=bar)
 
@@ -344,7 +340,7 @@ def main():
             images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, seed=args.seed, **options)[0]
             labels = [thetas] * len(images)
         elif args.command == "textdiff":
-            images, labels = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames, components, **options), [thetas]
+            images, labels = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames, components=components, **options), [thetas]
         else:
             noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), (args.rows, *x_T.shape[1:]), "cpu")
             z_i, x_T = z_i.expand(args.rows, -1), torch.cat([x_T, noise])[:args.rows]

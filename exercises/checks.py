@@ -825,6 +825,10 @@ def text_diff(run):
     same(got, seen["z_i"][..., :1, None, None].expand(2, 5, 3, 2, 2), "the result is what decode gives")
     run(stack, z_i, x_T, "a blue circle", None, 0.4, 5, given=given)
     same(seen["z_i"][:, 4], on_circle(z_i, there, 0.4), "without a source, z_d is z_t of the wanted caption")
+    axes = torch.linalg.qr(torch.randn(6, 3, generator=rng(3)))[0].T
+    run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, components=axes, given=given)
+    same(seen["z_i"][:, 4], on_circle(z_i, F.normalize((there - here) @ axes.T @ axes, dim=1), 0.4), "with components, z_d is the "
+         "normalized part of the difference in their span")
     refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle",
             "a red circle", 0.4, 5, given=given)
 

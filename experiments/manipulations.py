@@ -25,7 +25,7 @@ import decoder
 import manipulate
 import sample
 from caption_accuracy import read_scene, score
-from clip_embed import UserError, one_line_errors, pick_device
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device
 from train import COLOURS, HELD_OUT, SHAPES, VALUES, Scene, Thing, describe, lay_out, pick, random_scene, render, to_tensor
 
 KEPT = ("shape", "colour", "size", "relation")
@@ -152,6 +152,11 @@ def interpolation(stack, args):
     return result
 
 
+def z_t(stack, captions):
+    """CLIP's embeddings (n, d) of captions."""
+    return encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"].cpu()
+
+
 def single(rng, **fixed):
     """A scene of one thing that has the attributes `fixed`."""
     while True:
@@ -197,17 +202,18 @@ def textdiff(stack, args):
         z_i, x_T = manipulate.invert(stack, to_images(scenes), steps=steps, seed=args.seed, bar=True)
         rest, test = slice(args.n, n), slice(0, args.n)
         tried = manipulate.text_diff(stack, z_i[rest], x_T[rest], say(to)[rest], say(source)[rest], THETAS / 10, THETAS + 1,
-                                     components, steps=steps, bar=True)
+                                     steps=steps, bar=True, components=components)
         scores = {k / 10: measured(tried[:, k], scenes[rest]) for k in range(1, THETAS + 1)}
         best = max(scores, key=lambda theta: (scores[theta][2], -theta))
-        made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, components, steps=steps,
-                                    bar=True)
+        made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, steps=steps, bar=True,
+                                    components=components)
         edited = [replace(s, things=(replace(s.things[0], **{attribute: value}),)) for s in scenes[test]]
         if attribute == "size":
             edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]
         z_true = manipulate.invert(stack, to_images(edited), steps=2)[0]
         true = manipulate.decode(stack, z_true[:, None], x_T[test][:, None], steps=steps, bar=True)[:, 0]
-        z_d = manipulate.difference(stack, say(to)[test], say(source)[test], args.n, components)
+        z_d = z_t(stack, say(to)[test]) - z_t(stack, say(source)[test])
+        z_d = z_d if args.whole else z_d @ components.T @ components
         cosine = float(F.cosine_similarity(z_d, z_true - z_i[test]).mean())
         result[name] = {"maximum": best, "cosine": cosine, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
                         "untouched": measured(made[:, 0], scenes), "chosen among": scores}

@@ -194,7 +194,7 @@ def test_a_text_diff_moves_z_i_by_a_share_of_the_angle_to_the_difference_and_kee
         assert torch.allclose(angle(z[:, k], z_i), 0.1 * k * whole, atol=1e-3)
         assert torch.allclose(angle(z[:, k], z_d), (1 - 0.1 * k) * whole, atol=1e-3)
     axes = torch.linalg.qr(torch.randn(16, 5))[0].T
-    text_diff(stack, z_i, x_T, "a blue star", "a red circle", 1, 2, axes)  # only what lies in the span of five directions
+    text_diff(stack, z_i, x_T, "a blue star", "a red circle", 1, 2, components=axes)  # only what lies in the span of five directions
     inside = torch.nn.functional.normalize((read("a blue star") - read("a red circle")) @ axes.T, dim=1) @ axes
     assert torch.allclose(seen[1][0][:, 1], inside.expand_as(z_i), atol=1e-5)
     seen.pop()
@@ -238,7 +238,7 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
 def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise, and edits from θ = 0.3 on."""
     def edit(stack, z_i, x_T, to, source, maximum, frames, components, **options):
-        assert components.shape == (9, 9)
+        assert components.shape == (9, 3 * 64 * 64)
         rows = []
         for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
             scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()
@@ -251,10 +251,10 @@ def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     monkeypatch.setattr(manipulate, "invert", lambda stack, images, **options: (images.flatten(1), torch.randn(len(images), 3, 64, 64)))
     monkeypatch.setattr(manipulate, "decode", lambda stack, z_i, *rest, **options: z_i.unflatten(-1, (3, 64, 64)))
     monkeypatch.setattr(manipulate, "text_diff", edit)
-    monkeypatch.setattr(manipulate, "difference", lambda stack, to, source, n, components: torch.ones(n, 3 * 64 * 64))
+    monkeypatch.setattr(manipulations, "z_t", lambda stack, captions: torch.randn(len(captions), 3 * 64 * 64))
     monkeypatch.setattr(manipulate, "pca_reconstruct", lambda stack, z_i, x_T, mean, components, counts, **options:
                         z_i.unflatten(-1, (3, 64, 64))[:, None].expand(-1, len(counts), -1, -1, -1))
-    pca = SimpleNamespace(mean=torch.zeros(9), components=torch.eye(9))
+    pca = SimpleNamespace(mean=torch.zeros(9), components=torch.eye(9, 3 * 64 * 64))
     network = SimpleNamespace(config=SimpleNamespace(guidance=3))
     result = manipulations.PARTS[part]({"ar-prior": pca, "decoder": network}, SimpleNamespace(n=4, seed=0, steps=[50], whole=False))
     assert sum(line.startswith("|---") for line in capsys.readouterr().out.splitlines()) == tables
