@@ -151,7 +151,8 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
         network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
         half = large and torch.device(device).type == "cuda"
-        return network.to(device, torch.float16 if half else torch.float32, memory_format=torch.channels_last)  # convolves faster
+        layout = torch.preserve_format if large else torch.channels_last  # convolves faster, but its copies take memory
+        return network.to(device, torch.float16 if half else torch.float32, memory_format=layout)
 
     clip.to(device)
     return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
