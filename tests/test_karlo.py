@@ -116,7 +116,8 @@ def test_large_checkpoints_are_read_when_asked_for_and_make_the_same_picture(fol
     monkeypatch.setattr(sample, "LARGE", 0)
     lean = sample.load_stack(folder, size=256, lean=True)
     assert lean["decoder"] is not lean["decoder"] and stack["decoder"] is stack["decoder"]
-    assert torch.equal(sample.generate(lean, ["a party hat"], **options), want)
+    difference = (sample.generate(lean, ["a party hat"], **options) - want).abs() * 127.5
+    assert difference.max() <= 1 and difference.mean() < 0.01  # shades: networks in another memory layout round otherwise
 
 
 # ----------------------------------------------------------------------------- other files
