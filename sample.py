@@ -110,7 +110,8 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     for c in range(1, candidates):
         others = candidate(c)
         fits = fit(others)
-        images[fits > best], best = others[fits > best], torch.maximum(fits, best)
+        better = fits > best
+        images[better], best[better] = others[better], fits[better]
     for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
         small = images
         images = in_batches(f"upsample-{large}", BATCH[large], lambda network, pictures, noise: upsample.sample(

@@ -147,21 +147,26 @@ def what_to_say(scene, rng):
     return {option for option in options if rng.random() < 2 / 3}
 
 
+def phrase(*words):
+    """Words with their article: "a red circle", "an orange star"."""
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
 def describe(scene, said, rng):
     """A caption that says `said` of a scene, in one of several wordings."""
-    def phrase(k):
+    def name(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in said] + [thing.shape]
         words += ["that says", thing.word] if (k, "word") in said else []
-        return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+        return phrase(*words)
 
-    text = phrase(0)
+    text = name(0)
     if scene.relation:
         first, second, relation = 0, 1, scene.relation
         if rng.random() < 0.5:
             first, second, relation = 1, 0, RELATIONS[relation]
         link = pick(rng, WORDINGS[relation]) if "relation" in said else "and"
-        text = f"{phrase(first)} {link} {phrase(second)}"
+        text = f"{name(first)} {link} {name(second)}"
     if "background" in said:
         text += pick(rng, (" on a {} background", " on {}", " with a {} background")).format(scene.background)
     return pick(rng, ("", "", "there is ", "a picture of ")) + text

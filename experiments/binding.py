@@ -100,7 +100,7 @@ def measure(stack, args):
             add(f"{name} prior", (preference(drawn[name], known) > 0).double().tolist())
         decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions),
                      "diffusion chain": (drawn["diffusion"], captions), "AR chain": (drawn["AR"], captions)}
-        first.setdefault("true", to_images(scenes)[:8])
+        first.setdefault("true", to_images(scenes[:8]))
         for link, (z, said) in decodings.items():
             images = decode(stack, z, said, seed, steps=args.steps)
             add(link, verdicts(images, pairs))

@@ -30,7 +30,7 @@ from clip_embed import UserError, fingerprint, load_model, read_checkpoint
 from manipulate import in_batches
 from manipulations import to_images
 from priors import cell, frechet
-from train import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES
+from train import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, phrase  # noqa: F401, phrase: for the scripts
 
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
@@ -119,11 +119,6 @@ def observe(images, captions):
 def true_scenes(captions, seed):
     """A scene of the world for each caption, what it leaves open drawn as training draws it."""
     return [scene_of(parse_caption(caption), np.random.default_rng([seed, 1 << 53, k])) for k, caption in enumerate(captions)]
-
-
-def phrase(*words):
-    """Words with their article: "a red circle", "an orange star"."""
-    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
 # ----------------------------------------------------------------------------- what is measured
