@@ -52,7 +52,7 @@ class DecoderConfig:
     top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
     guidance: float = 2.0                 # of sampling (Karlo: 8)
     steps: int = 50                       # of sampling (the paper: 250; Karlo: 25)
-    candidates: int = 1                   # pictures of which sample.py keeps the one that CLIP finds nearest to the caption
+    candidates: int = 1                   # pictures that sample.py draws at most, for one that fits the caption
     float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
     embed_dim: int = 1024                 # d of z_i and z_t
     unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)
@@ -67,7 +67,7 @@ class DecoderConfig:
 
 PRESETS = {
     "shapes": DecoderConfig(patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-                            dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=20, candidates=4, embed_dim=128,
+                            dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=16, embed_dim=128,
                             clip_text_width=128, text_layers=2, text_width=128, text_heads=2, text_context=77),
     "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),

@@ -10,7 +10,8 @@ The diffusion prior is a diffusion model P(z_i|y) whose network is a decoder-onl
 What comes out at the last position is the prediction of z_i itself, not of the noise: the objective (prior_loss) is
 E‖f(z_i^(t), t, y) − z_i‖². To sample: 64 of the 1000 steps, ancestral with the analytic variance, twice over; the
 candidate closer to z_t is kept. Scale matters: a unit vector in d dimensions has coordinates near 1/√d, lost in noise of
-deviation 1 at nearly every step: inside this file they are scaled to the paper's deviation, 0.54 (scale), outside never.
+deviation 1 at nearly every step: inside this file they are scaled to the paper's deviation, 0.54 (scale), outside never. The
+same network says how well a picture's z_i fits a caption (surprise).
 
 The autoregressive prior writes z_i as a sequence: its principal components, the largest variance first, as many as keep
 99% of it, each quantized into 1024 buckets. A causal transformer predicts one after the other, by cross-entropy (ar_loss):
@@ -277,6 +278,24 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
     z_i = F.normalize(z_0, dim=-1) if c.unit_norm else end * z_0 * model.deviation + model.mean
     best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
+
+
+@torch.no_grad()
+def surprise(model, z_i, text, steps=32):
+    """How hard z_i (B, d), unit-norm, are to tell from their noised copies, given their captions: (B,), 1 as in training.
+
+    ‖x_0 − x̂_0‖²/d in units of `errors`, the mean over `steps` timesteps; the noise is the same in every call, so that differences are
+    z_i's own. Ours: with other weights, the same errors bound −log p(z_i|y), by which captions can be told apart (diffusion
+    classifier, Li et al. 2023), and pictures of one caption as well. Not a number where `errors` were never estimated.
+    """
+    alphas_cumprod, generator, cache = cosine_schedule(), torch.Generator().manual_seed(0), []
+    z_0, total = z_i * scale(z_i.shape[1]), 0
+    for rung in ladder(steps, len(alphas_cumprod) - 1):
+        t = torch.full((len(z_0),), rung, device=z_0.device)
+        noise = torch.randn(z_0.shape[1], generator=generator).to(z_0.device)
+        x_0 = model(q_sample(z_0, t, noise, alphas_cumprod), t, text, cache)
+        total = total + (z_0 - x_0).square().mean(1) / model.errors[rung]
+    return total / steps
 
 
 # ----------------------------------------------------------------------------- the autoregressive prior: z_i as codes

@@ -40,7 +40,7 @@ LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 # ----------------------------------------------------------------------------- settings
 
 
-def options(description, n, of, steps=20):
+def options(description, n, of, steps=10):
     """The command line that the experiments have in common; `of` says what --n counts for each seed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--n", type=int, default=n, help=f"{of}, for each seed (default {n})")

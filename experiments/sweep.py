@@ -1,4 +1,4 @@
-"""Which guidance, how many steps, how many candidates? Caption accuracy of the whole chain against each, all else at its default.
+"""Which guidance, how many steps, how many candidates at most? Caption accuracy of the whole chain against each, all else at its default.
 
 In:   a folder of checkpoints; the decoder's guidance scales, numbers of steps and of candidates to try
 Out:  on stdout, a Markdown table: how often everything that a caption says is right, for one thing and two, and
@@ -53,8 +53,8 @@ def main():
     parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, its steps, then its candidates, and read back how "
                                      "often the pictures show all that their captions say.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 50, 100], help="steps (default 10 20 50 100)")
-    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8], help="candidates (default 1 2 4 8)")
+    parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 50], help="steps (default 5 10 20 50)")
+    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="candidates (default 1 2 4 8 16)")
     parser.add_argument("--n", type=int, default=100, help="captions, half of one thing, half of two (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")

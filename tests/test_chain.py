@@ -162,7 +162,7 @@ def test_the_whole_chain_makes_pictures_of_the_right_size(weights, size):
 @pytest.mark.parametrize("kind, want", [("none", 0.0), ("text", 1.0)])
 def test_z_t_or_nothing_can_stand_in_z_is_place(kind, want, weights, monkeypatch):
     stack, seen = sample.load_stack(weights, prior_kind=kind), {}
-    assert set(stack) == {"clip", "tokenizer", "decoder"}
+    assert set(stack) == {"clip", "tokenizer", "prior", "decoder"}  # the prior judges candidates
     monkeypatch.setattr(decoder, "sample", lambda model, z_i, text, *rest, **options: (seen.update(z_i=z_i, text=text), torch.zeros(len(z_i), 3, 64, 64))[1])
     sample.generate(stack, ["a red circle", "a star"], prior_kind=kind)
     assert torch.equal(seen["z_i"], want * seen["text"]["z_t"]) and seen["z_i"].shape == (2, 16)
@@ -196,25 +196,67 @@ def test_every_picture_stage_and_candidate_has_noise_of_its_own():
     assert torch.equal(*(torch.randn(9, generator=sample.generators("decoder", seed, [12 - seed])[0]) for seed in (3, 5)))  # seed + k counts
 
 
-def test_of_several_candidates_clips_favourite_is_kept(weights, monkeypatch):
-    stack, drawn, draw = sample.load_stack(weights), [], decoder.sample
-    captions = ["a star", "", "a blue heart", "a red circle on mint"]
-    first = sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS)
-    monkeypatch.setattr(decoder, "sample", lambda *given, **options: (drawn.append(draw(*given, **options)), drawn[-1])[1])
-    kept = sample.generate(stack, captions, seed=30, candidates=3, **OPTIONS)
-    assert len(drawn) == 3 and torch.equal(drawn[0], first)
-    clip, choices = stack["clip"], []
-    for k, caption in enumerate(captions):
-        z_t = clip_embed.encode_captions(clip, stack["tokenizer"], [caption])[0]["z_t"]
-        pixels = torch.cat([clip_embed.preprocess(sample.to_picture(d[k]), clip.config.image_size) for d in drawn])  # through Pillow
-        choices.append(int((clip.encode_image(pixels) @ z_t[0]).argmax()) if caption else 0)
-    assert len(set(choices)) > 1 and all(torch.equal(kept[k], drawn[c][k]) for k, c in enumerate(choices))
-    alone = sample.generate(stack, captions[2:3], seed=32, candidates=3, **OPTIONS)
+def candidates(stack, captions, monkeypatch, **options):
+    """(pictures kept, [(numbers, pictures) of each round of candidates]) of generate, its decoder overheard."""
+    rounds, draw = [], decoder.sample
+
+    def spy(model, z_i, text, null, generators, *rest, **named):
+        rounds.append((text["z_t"], draw(model, z_i, text, null, generators, *rest, **named)))
+        return rounds[-1][1]
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "sample", spy)
+        return sample.generate(stack, captions, **options, **OPTIONS), rounds
+
+
+def surprise_of(stack, picture, caption):
+    """prior.surprise of one picture's z_i, seen as a file's would be."""
+    clip = stack["clip"]
+    text = clip_embed.encode_captions(clip, stack["tokenizer"], [caption])[0]
+    pixels = clip_embed.preprocess(sample.to_picture(picture), clip.config.image_size)
+    return float(prior.surprise(stack["prior"], clip.encode_image(pixels), text))
+
+
+@pytest.mark.parametrize("kind", sample.PRIORS)
+def test_of_several_candidates_the_one_is_kept_that_surprises_the_prior_least(kind, weights, monkeypatch):
+    stack, captions = sample.load_stack(weights, prior_kind=kind), ["a star", "", "a blue heart", "a red circle on mint"]
+    monkeypatch.setattr(sample, "ENOUGH", 0)
+    first = sample.generate(stack, captions, seed=30, prior_kind=kind, candidates=1, **OPTIONS)
+    kept, rounds = candidates(stack, captions, monkeypatch, seed=30, prior_kind=kind, candidates=4)
+    assert [len(drawn) for _, drawn in rounds] == [4, 3, 3, 3] and torch.equal(rounds[0][1], first)
+    assert torch.equal(kept[1], first[1])  # "" has no caption to fit
+    choices = []
+    for k, caption in ((0, captions[0]), (2, captions[2]), (3, captions[3])):
+        drawn = [rounds[0][1][k], *(pictures[max(0, k - 1)] for _, pictures in rounds[1:])]
+        choices.append(min(range(4), key=lambda c: surprise_of(stack, drawn[c], caption)))
+        assert torch.equal(kept[k], drawn[choices[-1]])
+    assert len(set(choices)) > 1
+    alone = sample.generate(stack, captions[2:3], seed=32, prior_kind=kind, candidates=4, **OPTIONS)
     assert (alone[0] - kept[2]).abs().max() * 127.5 <= 2
+
+
+def test_no_more_candidates_are_drawn_of_a_caption_once_one_surprises_little(weights, monkeypatch):
+    stack, captions = sample.load_stack(weights), ["a star", "a blue heart", "a red circle on mint", "a cross"]
+    first = sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS)
+    surprises = [surprise_of(stack, *pair) for pair in zip(first, captions)]
+    monkeypatch.setattr(sample, "ENOUGH", sum(sorted(surprises)[1:3]) / 2)  # two of the first pictures do
+    kept, rounds = candidates(stack, captions, monkeypatch, seed=30, candidates=9)
+    happy = [k for k in range(4) if surprises[k] < sample.ENOUGH]
+    assert len(happy) == 2 and all(torch.equal(kept[k], first[k]) for k in happy)
+    z_t = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"]
+    for seen, drawn in rounds[1:]:
+        assert len(drawn) == len(seen) <= 2 and not any((seen == z_t[k]).all(1).any() for k in happy)
+
+
+def test_candidates_want_clips_eyes_and_a_prior_that_was_measured(weights):
+    stack, captions = sample.load_stack(weights), ["a star"]
+    stack["prior"].errors.zero_()
+    with pytest.raises(UserError, match="the diffusion prior's errors, which are not known here: draw one"):
+        sample.generate(stack, captions, candidates=2, **OPTIONS)
+    stack = sample.load_stack(weights)
     stack["clip"].visual = None
     with pytest.raises(UserError, match="this CLIP reads no pictures"):
         sample.generate(stack, captions, candidates=2, **OPTIONS)
-    assert torch.equal(sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS), first)
+    assert sample.generate(stack, captions, candidates=1, **OPTIONS).shape == (1, 3, 64, 64)
 
 
 def run(script, monkeypatch, *arguments):

@@ -260,6 +260,31 @@ def test_estimated_errors_of_an_exact_denoiser_are_the_posterior_variance_at_eve
     assert errors.shape == (1000,) and torch.allclose(errors, model.exact(torch.arange(1000)).float(), rtol=0.03, atol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.4, 1.0])
+def test_surprise_of_an_exact_denoiser_is_one_for_its_own_data_and_has_its_closed_form_for_others(spread):
+    """x_0 of variance v around the mean that N(mean, s²) expects: the mean error is (v r² + q)/(r + q)², r and q the two precisions."""
+    model, d = GaussianPosterior(0.1, 0.4), 512
+    t = torch.linspace(0, 999, 32).round().long()
+    r, q = 1 / model.s ** 2, ALPHAS[t] / (1 - ALPHAS[t])
+    want = float(((spread ** 2 * r ** 2 + q) / (r + q)).mean())
+    z_i = (0.1 + spread * torch.randn(400, d)) / prior.scale(d)
+    found = prior.surprise(model, z_i, {})
+    assert found.shape == (400,) and float(found.mean()) == pytest.approx(want, rel=0.03)
+    assert spread != 0.4 or float(found.mean()) == pytest.approx(1, rel=0.03)
+    assert torch.allclose(prior.surprise(model, z_i[7:8], {}), found[7:8])  # of its own, whatever else is in the batch
+
+
+def test_surprise_tells_which_caption_an_embedding_is_of_as_bayes_rule_does():
+    """Two captions, two Gaussians of one width: the likelier is the one whose mean is nearer."""
+    d, s, n = 64, 0.4, 2000
+    means = torch.stack([torch.zeros(d), 0.5 * torch.nn.functional.normalize(torch.randn(d), dim=0)])
+    z_0 = means[torch.randint(2, (n,))] + s * torch.randn(n, d)
+    surprises = torch.stack([prior.surprise(GaussianPosterior(mean, s), z_0 / prior.scale(d), {}) for mean in means])
+    logs = -(z_0 - means[:, None]).square().sum(2) / (2 * s ** 2)
+    sure = (logs[0] - logs[1]).abs() > 1  # elsewhere the noise of 32 timesteps may decide
+    assert sure.sum() > 300 and (surprises.argmin(0) == logs.argmax(0))[sure].float().mean() > 0.97
+
+
 def variances_seen(variance, steps, model, n=4000, d=4):
     """Of each step of prior.sample from t to s: (t, s, variance of z_s around the mean that the step should have)."""
     calls = []
