@@ -47,7 +47,7 @@ STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 LARGE = 1e9  # bytes of checkpoints
-ENOUGH = 1.2  # of prior.surprise: half of the pictures that show all of their caption stay below, 5% of those that mix up two things do not
+ENOUGH = 1.2  # of prior.surprise: below are two in five pictures of two things with nothing wrong, and one in fifty of the others
 
 
 # ----------------------------------------------------------------------------- the chain
@@ -107,9 +107,10 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     images, best = draw(everything, 0, bar), torch.full((len(captions),), math.inf)
     candidates = candidates or configs["decoder"].candidates
     left = [k for k, caption in enumerate(captions) if caption and candidates > 1]
-    if left and not ("prior" in stack and stack["prior"].errors.any()):
-        raise UserError("candidates are compared by the diffusion prior's errors, which are not known here: draw one (--candidates 1)")
-    best[left] = surprise(left, images[left]) if left else best[left]
+    if left:
+        if not ("prior" in stack and stack["prior"].errors.any()):
+            raise UserError("candidates are compared by the diffusion prior's errors, which are not known here: draw one (--candidates 1)")
+        best[left] = surprise(left, images[left])
     for c in tqdm(range(1, candidates), "candidates", disable=not bar or not left):
         left = [k for k in left if best[k] > ENOUGH]
         if not left:
@@ -138,7 +139,7 @@ class Stages(dict):
 def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
 
-    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
+    prior_kind is one of PRIORS; the diffusion prior, if there is one, comes along as the judge of candidates. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
     clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
     they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
     """
@@ -147,8 +148,8 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
     stack = {"clip": clip, "tokenizer": tokenizer}
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
-    judge = "prior" if (weights / "prior.pt").exists() else None  # of candidates
-    kinds = {k: v for k, v in kinds.items() if k in (PRIORS[prior_kind], judge)} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    judge = ("prior",) if (weights / "prior.pt").exists() else ()
+    kinds = {k: v for k, v in kinds.items() if k in (PRIORS[prior_kind], *judge)} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
     mark = clip_embed.fingerprint(clip)
