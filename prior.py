@@ -282,11 +282,11 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
 
 @torch.no_grad()
 def surprise(model, z_i, text, steps=32):
-    """How hard z_i (B, d), unit-norm, are to tell from their noised copies, given their captions: (B,), 1 as in training.
+    """How badly the prior, given their captions, restores z_i (B, d), unit-norm, from noised copies: (B,), on average 1 for training's.
 
     ‖x_0 − x̂_0‖²/d in units of `errors`, the mean over `steps` timesteps; the noise is the same in every call, so that differences are
     z_i's own. Ours: with other weights, the same errors bound −log p(z_i|y), by which captions can be told apart (diffusion
-    classifier, Li et al. 2023), and pictures of one caption as well. Not a number where `errors` were never estimated.
+    classifier, Li et al. 2023), and pictures of one caption as well. Infinite where `errors` were never estimated.
     """
     alphas_cumprod, generator, cache = cosine_schedule(), torch.Generator().manual_seed(0), []
     z_0, total = z_i * scale(z_i.shape[1]), 0

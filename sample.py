@@ -10,9 +10,9 @@ Out:  PNG files in --out, never over an old one, each with its caption, seed and
 Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
 10 steps (the paper: 250), for a laptop's sake, and guidance 3. Ours, where the paper is silent: picture k of a run draws its
 noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch. As the prior
-draws two z_i, prior and decoder may draw several candidates, and keep the one whose own z_i surprises the prior least, given the
-caption; once one does not, no more are drawn. (DALL·E, the first, drew 512, and CLIP chose; for the shipped weights it is 16 at
-most, and `--candidates 1` is the paper's chain.)
+draws two z_i, prior and decoder may draw several candidates, and keep the one whose own z_i, as CLIP sees it, surprises the prior
+least, given the caption; once it surprises it little, no more are drawn. (DALL·E, the first, drew 512, and CLIP chose; for the
+shipped weights it is 16 at most, and `--candidates 1` is the paper's chain.)
 
 Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
@@ -47,7 +47,9 @@ STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
 LARGE = 1e9  # bytes of checkpoints
-ENOUGH = 1.2  # of prior.surprise: below are two in five pictures of two things with nothing wrong, and one in fifty of the others
+# of prior.surprise, which is about 1 for true pictures: with the shipped weights, of candidates for captions of two things, two in
+# five of those with nothing wrong lie below, and one in fifty of the others
+ENOUGH = 1.2
 
 
 # ----------------------------------------------------------------------------- the chain
@@ -68,8 +70,9 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
     prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
     options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. candidates: pictures
     drawn at most for each caption, of z_i and noise of their own; the first whose z_i, as CLIP sees it, surprises the diffusion prior
-    less than ENOUGH is kept, or the one that surprises it least; of "" the first. `seconds`, a dictionary, gathers the time that each
-    stage took. Raises UserError where candidates are to be compared without CLIP's eyes or the prior's errors.
+    less than ENOUGH is kept, or the one that surprises it least; of "" the first. That takes a CLIP with eyes and a prior in the
+    stack whose errors were measured: without, the default is one candidate, and more raise UserError. `seconds`, a dictionary,
+    gathers the time that each stage took.
     """
     seconds, configs, everything = {} if seconds is None else seconds, {}, list(range(len(captions)))
     device = stack["clip"].logit_scale.device
@@ -98,18 +101,27 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
         return in_batches("decoder", pictures, BATCH[64], lambda network, some, noise: decoder.sample(
             network, z_i[some].to(device), of(some), null, noise, decoder_guidance, decoder_steps, eta, bar=bar), candidate)
 
-    def surprise(pictures, drawn):
-        clip, drawn = stack["clip"], dict(zip(pictures, drawn))
-        see = lambda images: clip.encode_image(clip_embed.preprocess_tensor(images.to(device), clip.config.image_size))
-        return in_batches("prior", pictures, BATCH[64], lambda network, some, _: prior.surprise(
-            network, see(torch.stack([drawn[k] for k in some])), of(some)))
+    def can_judge():
+        return stack["clip"].visual is not None and "prior" in stack and bool(stack["prior"].errors.any())
 
+    def surprise(pictures, drawn):
+        began, surprises, clip, judge = time.perf_counter(), [], stack["clip"], stack["prior"]
+        for first in range(0, len(pictures), BATCH[64]):
+            some = slice(first, first + BATCH[64])
+            seen = clip.encode_image(clip_embed.preprocess_tensor(drawn[some].to(device), clip.config.image_size))
+            with torch.autocast(device.type, torch.float16, enabled=judge.errors.dtype == torch.float16):
+                surprises.append(prior.surprise(judge, seen, of(pictures[some])).float().cpu())
+        seconds["judge"] = seconds.get("judge", 0) + time.perf_counter() - began
+        return torch.cat(surprises)
+
+    if candidates is not None and candidates > 1 and not can_judge():
+        raise UserError("candidates are compared by CLIP's image tower and the diffusion prior's errors (prior.pt, trained to its end), "
+                        "and one of them is missing: draw one (--candidates 1)")
     images, best = draw(everything, 0, bar), torch.full((len(captions),), math.inf)
     candidates = candidates or configs["decoder"].candidates
     left = [k for k, caption in enumerate(captions) if caption and candidates > 1]
+    left = left if left and can_judge() else []
     if left:
-        if not ("prior" in stack and stack["prior"].errors.any()):
-            raise UserError("candidates are compared by the diffusion prior's errors, which are not known here: draw one (--candidates 1)")
         best[left] = surprise(left, images[left])
     for c in tqdm(range(1, candidates), "candidates", disable=not bar or not left):
         left = [k for k in left if best[k] > ENOUGH]
@@ -136,20 +148,21 @@ class Stages(dict):
         return value() if isinstance(value, partial) else value
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False):
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False, judge=False):
     """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
 
-    prior_kind is one of PRIORS; the diffusion prior, if there is one, comes along as the judge of candidates. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
+    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
     clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
-    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made.
+    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made. judge:
+    bring the diffusion prior, if there is one, along to judge candidates, whatever prior_kind is.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
     clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
     stack = {"clip": clip, "tokenizer": tokenizer}
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
-    judge = ("prior",) if (weights / "prior.pt").exists() else ()
-    kinds = {k: v for k, v in kinds.items() if k in (PRIORS[prior_kind], *judge)} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    wanted = {PRIORS[prior_kind], "prior" if judge and (weights / "prior.pt").exists() else None}
+    kinds = {k: v for k, v in kinds.items() if k in wanted} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
     mark = clip_embed.fingerprint(clip)
@@ -263,7 +276,8 @@ def main():
         if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
             raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
         size = args.size or max(s for s in SIZES if s == 64 or (args.weights / f"upsample-{s}.pt").exists())
-        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True)
+        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True,
+                           judge=args.candidates != 1)
         captions = [caption for caption in captions for _ in range(args.n)]
         options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                                                  "decoder_steps", "eta", "candidates", "upsample_steps")}

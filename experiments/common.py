@@ -311,7 +311,7 @@ def chart(panels):
     for n, (title, lines) in enumerate(panels.items()):
         ends = [mean + sign * error for points in lines.values() for _, mean, error in points if not math.isnan(mean) for sign in (-1, 1)]
         least, most = min([0, *ends]), max([1e-9, *ends])
-        most = 1 if 0.5 < most <= 1 else most
+        least, most = 0 if least > -1e-9 else least, 1 if 0.5 < most <= 1 else most
         count = max(len(points) for points in lines.values())
         to_xy = lambda k, value: (n * width + left + 20 + (width - left - 60) * k / max(1, count - 1),
                                   top + (height - top - bottom) * (most - value) / (most - least))

@@ -54,7 +54,7 @@ def main():
                                      "often the pictures show all that their captions say.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")
     parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 50], help="steps (default 5 10 20 50)")
-    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="candidates (default 1 2 4 8 16)")
+    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="candidates at most (default 1 2 4 8 16)")
     parser.add_argument("--n", type=int, default=100, help="captions, half of one thing, half of two (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")

@@ -162,7 +162,7 @@ def test_the_whole_chain_makes_pictures_of_the_right_size(weights, size):
 @pytest.mark.parametrize("kind, want", [("none", 0.0), ("text", 1.0)])
 def test_z_t_or_nothing_can_stand_in_z_is_place(kind, want, weights, monkeypatch):
     stack, seen = sample.load_stack(weights, prior_kind=kind), {}
-    assert set(stack) == {"clip", "tokenizer", "prior", "decoder"}  # the prior judges candidates
+    assert set(stack) == {"clip", "tokenizer", "decoder"}
     monkeypatch.setattr(decoder, "sample", lambda model, z_i, text, *rest, **options: (seen.update(z_i=z_i, text=text), torch.zeros(len(z_i), 3, 64, 64))[1])
     sample.generate(stack, ["a red circle", "a star"], prior_kind=kind)
     assert torch.equal(seen["z_i"], want * seen["text"]["z_t"]) and seen["z_i"].shape == (2, 16)
@@ -197,7 +197,7 @@ def test_every_picture_stage_and_candidate_has_noise_of_its_own():
 
 
 def candidates(stack, captions, monkeypatch, **options):
-    """(pictures kept, [(numbers, pictures) of each round of candidates]) of generate, its decoder overheard."""
+    """(pictures kept, [(z_t, pictures) of each round of candidates]) of generate, its decoder overheard."""
     rounds, draw = [], decoder.sample
 
     def spy(model, z_i, text, null, generators, *rest, **named):
@@ -218,7 +218,7 @@ def surprise_of(stack, picture, caption):
 
 @pytest.mark.parametrize("kind", sample.PRIORS)
 def test_of_several_candidates_the_one_is_kept_that_surprises_the_prior_least(kind, weights, monkeypatch):
-    stack, captions = sample.load_stack(weights, prior_kind=kind), ["a star", "", "a blue heart", "a red circle on mint"]
+    stack, captions = sample.load_stack(weights, prior_kind=kind, judge=True), ["a star", "", "a blue heart", "a red circle on mint"]
     monkeypatch.setattr(sample, "ENOUGH", 0)
     first = sample.generate(stack, captions, seed=30, prior_kind=kind, candidates=1, **OPTIONS)
     kept, rounds = candidates(stack, captions, monkeypatch, seed=30, prior_kind=kind, candidates=4)
@@ -232,6 +232,9 @@ def test_of_several_candidates_the_one_is_kept_that_surprises_the_prior_least(ki
     assert len(set(choices)) > 1
     alone = sample.generate(stack, captions[2:3], seed=32, prior_kind=kind, candidates=4, **OPTIONS)
     assert (alone[0] - kept[2]).abs().max() * 127.5 <= 2
+    monkeypatch.setattr(sample, "LARGE", 0)
+    lean = sample.load_stack(weights, prior_kind=kind, lean=True, judge=True)
+    assert (sample.generate(lean, captions, seed=30, prior_kind=kind, candidates=4, **OPTIONS) - kept).abs().max() * 127.5 <= 2
 
 
 def test_no_more_candidates_are_drawn_of_a_caption_once_one_surprises_little(weights, monkeypatch):
@@ -247,16 +250,19 @@ def test_no_more_candidates_are_drawn_of_a_caption_once_one_surprises_little(wei
         assert len(drawn) == len(seen) <= 2 and not any((seen == z_t[k]).all(1).any() for k in happy)
 
 
-def test_candidates_want_clips_eyes_and_a_prior_that_was_measured(weights):
-    stack, captions = sample.load_stack(weights), ["a star"]
-    stack["prior"].errors.zero_()
-    with pytest.raises(UserError, match="the diffusion prior's errors, which are not known here: draw one"):
-        sample.generate(stack, captions, candidates=2, **OPTIONS)
-    stack = sample.load_stack(weights)
-    stack["clip"].visual = None
-    with pytest.raises(UserError, match="this CLIP reads no pictures"):
-        sample.generate(stack, captions, candidates=2, **OPTIONS)
-    assert sample.generate(stack, captions, candidates=1, **OPTIONS).shape == (1, 3, 64, 64)
+@pytest.mark.parametrize("missing", ["the prior", "its errors", "CLIP's eyes"])
+def test_candidates_want_clips_eyes_and_a_prior_that_was_measured(missing, weights):
+    stack = sample.load_stack(weights, prior_kind="none", judge=missing != "the prior")
+    assert ("prior" in stack) == (missing != "the prior")
+    if missing == "its errors":
+        stack["prior"].errors.zero_()
+    if missing == "CLIP's eyes":
+        stack["clip"].visual = None
+    one = sample.generate(stack, ["a star"], candidates=1, prior_kind="none", **OPTIONS)
+    with pytest.raises(UserError, match="compared by CLIP's image tower and the diffusion prior's errors .*: draw one"):
+        sample.generate(stack, ["a star"], candidates=2, prior_kind="none", **OPTIONS)
+    stack["decoder"].config = replace(stack["decoder"].config, candidates=5)  # a default is no demand
+    assert torch.equal(sample.generate(stack, ["a star"], prior_kind="none", **OPTIONS), one)
 
 
 def run(script, monkeypatch, *arguments):

@@ -59,7 +59,7 @@ def test_shapes_and_their_colours_are_mostly_right():
     bound = [verdict["bound"] for _, verdict, _ in draw_and_score(sample.load_stack(), captions_of(32, seed=7), seed=7)]
     one, two = sum(bound[::2]), sum(bound[1::2])
     print(f"one thing {one} / 16, two things {two} / 16")
-    assert one >= 14 and two >= 8
+    assert one >= 15 and two >= 10
 
 
 @pytest.mark.slow
