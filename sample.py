@@ -119,8 +119,7 @@ def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_gui
                         "and one of them is missing: draw one (--candidates 1)")
     images, best = draw(everything, 0, bar), torch.full((len(captions),), math.inf)
     candidates = candidates or configs["decoder"].candidates
-    left = [k for k, caption in enumerate(captions) if caption and candidates > 1]
-    left = left if left and can_judge() else []
+    left = [k for k, caption in enumerate(captions) if caption] if candidates > 1 and can_judge() else []
     if left:
         best[left] = surprise(left, images[left])
     for c in tqdm(range(1, candidates), "candidates", disable=not bar or not left):
