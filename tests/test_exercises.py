@@ -119,6 +119,7 @@ def test_blanks_of_the_stage_files_differ_from_them_in_the_exercises_bodies_alon
 COMMON = {  # what a solution has in common with other code, and gives nothing of it away
     "torch.autocast(z_i.device.type, enabled=False)", "math.sqrt(c.embed_dim) if c.unit_norm else 1",
     "text['mask'][:, :c.text_context]",
+    "z_i * scale(z_i.shape[1])",  # in surprise; exercise 14's page says as much in words
     "(weight * (eps - noise) ** 2).mean()", "(weight * (eps - noise) ** 2).mean", "weight * (eps - noise) ** 2",
     "q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))",  # heads, as in every transformer here
     "(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))", "y.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
