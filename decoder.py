@@ -67,7 +67,7 @@ class DecoderConfig:
 
 PRESETS = {
     "shapes": DecoderConfig(patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-                            dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=16, embed_dim=128,
+                            dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=8, embed_dim=128,
                             clip_text_width=128, text_layers=2, text_width=128, text_heads=2, text_context=77),
     "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),

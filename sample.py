@@ -12,7 +12,7 @@ Each stage's own `sample` is called with its own options; what is not asked for,
 noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch. As the prior
 draws two z_i, prior and decoder may draw several candidates, and keep the one whose own z_i, as CLIP sees it, surprises the prior
 least, given the caption; once it surprises it little, no more are drawn. (DALL·E, the first, drew 512, and CLIP chose; for the
-shipped weights it is 16 at most, and `--candidates 1` is the paper's chain.)
+shipped weights it is 8 at most, and `--candidates 1` is the paper's chain.)
 
 Read: the chain (generate), its networks (load_stack), captions in and pictures out.
 
@@ -253,7 +253,7 @@ def main():
     parser.add_argument("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
     parser.add_argument("--decoder-steps", type=int, help="default 10, for a laptop (the paper: 250)")
     parser.add_argument("--candidates", type=int, help="pictures drawn at most for one, each of a z_i and noise of its own, until "
-                        "the prior finds one that fits the caption; else the best is kept: default 16 (the paper: 1)")
+                        "the prior finds one that fits the caption; else the best is kept: default 8 (the paper: 1)")
     parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
                         "as in the paper)")
     parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),

@@ -24,7 +24,7 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert set(stack) == {"clip", "tokenizer", "prior", "decoder", "upsample-256", "upsample-1024"}
     assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
     config = stack["decoder"].config  # as --help says
-    assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (10, 16, 3.0, 64)
+    assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (10, 8, 3.0, 64)
 
 
 # A process begins with its parent's peak memory as its own: so a small one stands between it and the tests.
