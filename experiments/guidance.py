@@ -1,15 +1,18 @@
 """Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.3; figs. 9–11; table 1)
 
-In:   a folder of checkpoints; --glide, a decoder trained with the caption alone (python train.py decoder --given caption).
-      Without it the caption alone is given to unCLIP's own decoder, which saw that in 5% of its training
+In:   a folder of checkpoints; and a model of the caption alone: --glide, a decoder trained so (python train.py decoder
+      --given caption), or --z-t, one trained on the caption and its z_t (--given z_t). Without either the caption alone is
+      given to unCLIP's own decoder, which saw that in 5% of its training
 Out:  on stdout, a table: for each model and guidance scale how often a picture shows all that its caption says; Fréchet
       distances to true renderings, of what the reader reads and of random features; and how much two pictures of a caption
       differ in what it leaves open, as a share of the world's; then the conclusions. --picture: eight pictures of one caption as
       guidance grows (fig. 9), over the curves (figs. 10, 11)
 
+z_t follows from the caption, so a decoder of z_t and the caption models P(x|y), as GLIDE does: what it lacks is the draw of
+z_i. It is GLIDE with a text encoder that was trained before, and hears the caption long before one that begins with nothing.
 Table 1's questions are asked of the means over all scales of the sweep, so that no scale is chosen by what it is judged by.
 
-    python experiments/guidance.py --glide runs/glide/decoder.pt --picture docs/guidance.png
+    python experiments/guidance.py --z-t runs/z_t/decoder.pt --picture docs/guidance.png
 """
 
 import sys
@@ -25,38 +28,37 @@ from common import (OPEN, chart, conclude, decode, draw, finish, gallery, load_n
                     show, to_images, true_scenes, under)
 from sweep import captions_of
 
-MODELS = {"caption alone": "none", "unCLIP": "diffusion"}  # and where z_i comes from
+ALONE, UNCLIP = "caption alone", "unCLIP"
 COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity")
 
 
-def measure(stacks, args):
-    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings)."""
+def measure(models, args):
+    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings); models: {name: (stack, kind of z_i)}."""
     groups, true, captions = {}, [], []
     pairs = lambda seen: list(zip(seen[::2], seen[1::2]))
     for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
         captions.append(twice[::2])
         true.append(pairs(observe(to_images(true_scenes(twice, 1000 + seed)), twice)))
-        for model, kind in MODELS.items():
-            z_i = draw(stacks[model], twice, seed, kind)
+        for model, (stack, kind) in models.items():
+            z_i = draw(stack, twice, seed, kind)
             for scale in args.guidance:
-                images = decode(stacks[model], z_i, twice, seed, scale, args.steps)
+                images = decode(stack, z_i, twice, seed, scale, args.steps)
                 groups.setdefault((model, scale), []).append(pairs(observe(images, twice)))
     measured = quality(captions)
-    rows = {model: {f"{scale:g}": measured(groups[model, scale]) for scale in args.guidance} for model in MODELS}
+    rows = {model: {f"{scale:g}": measured(groups[model, scale]) for scale in args.guidance} for model in models}
     return rows, measured(true)
 
 
-def pictures(stacks, args):
+def pictures(models, args):
     """Eight pictures of the caption OPEN for each model and scale, {row: images}."""
-    z_i = {model: draw(stacks[model], [OPEN] * 8, 0, kind) for model, kind in MODELS.items()}
-    return {f"{model}, guidance {scale:g}": decode(stacks[model], z_i[model], [OPEN] * 8, 0, scale, args.steps)
-            for model in MODELS for scale in args.guidance}
+    return {f"{model}, guidance {scale:g}": decode(stack, draw(stack, [OPEN] * 8, 0, kind), [OPEN] * 8, 0, scale, args.steps)
+            for model, (stack, kind) in models.items() for scale in args.guidance}
 
 
 def conclusions(rows):
     """What the numbers say of table 1's three questions and of figs. 9 to 11."""
-    alone, unclip = (list(rows[model].values()) for model in MODELS)
+    alone, unclip = (list(rows[model].values()) for model in (ALONE, UNCLIP))
     mean = lambda settings, column: np.mean([s[column] for s in settings], 0)
     names = {"all right": "Captions shown, unCLIP against the caption alone",
              "distance, features": "Distance from true pictures, unCLIP against the caption alone",
@@ -71,22 +73,25 @@ def main():
     parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, "
                      "fidelity and diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")
-    parser.add_argument("--glide", type=Path, metavar="PATH",
-                        help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--glide", type=Path, metavar="PATH",
+                       help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
+    alone.add_argument("--z-t", type=Path, metavar="PATH", help="or one trained with --given z_t: the caption as CLIP reads it")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if any(not 0 <= scale <= 100 for scale in args.guidance):
             raise UserError("--guidance: each must be between 0 and 100")
         args.guidance = sorted(set(args.guidance))
-        unclip = sample.load_stack(args.weights, pick_device(args.device))
-        alone = {**unclip, "decoder": load_network(args.glide, "decoder", unclip, "caption")} if args.glide else unclip
-        print(f"The caption alone is given to {args.glide or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
-        stacks = {"caption alone": alone, "unCLIP": unclip}
-        rows, true = measure(stacks, args)
+        stack = sample.load_stack(args.weights, pick_device(args.device))
+        given, path = ("z_t", args.z_t) if args.z_t else ("caption", args.glide)
+        alone = {**stack, "decoder": load_network(path, "decoder", stack, given)} if path else stack
+        print(f"The caption alone is given to {path or 'the decoder of unCLIP, with z_i = 0'}{', as z_t' * bool(args.z_t)}.\n", flush=True)
+        models = {ALONE: (alone, "text" if args.z_t else "none"), UNCLIP: (stack, "diffusion")}
+        rows, true = measure(models, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})
         curves = chart({column: {model: points(scales, column) for model, scales in rows.items()} for column in COLUMNS})
-        finish(args, conclusions(rows), under(gallery(pictures(stacks, args)), curves) if args.picture else None, rows=rows, true=true)
+        finish(args, conclusions(rows), under(gallery(pictures(models, args)), curves) if args.picture else None, rows=rows, true=true)
 
 
 if __name__ == "__main__":

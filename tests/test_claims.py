@@ -217,17 +217,16 @@ def few(monkeypatch):
     monkeypatch.setattr(binding, "REFERENCES", 2)
 
 
-@pytest.mark.parametrize("script", [guidance, guided_prior, figure8, table2, typographic, components, binding, composition])
-def test_every_script_writes_its_table_numbers_and_picture(script, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
-    for given in ("caption", "z_t"):
-        torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / f"{given}.pt")
-    options = {guidance: ["--guidance", "1", "2", "--glide", str(tmp_path / "caption.pt")],
-               figure8: ["--z-t", str(tmp_path / "z_t.pt")]}
+@pytest.mark.parametrize("script, given", [(guidance, "caption"), (guidance, "z_t"), (guided_prior, None), (figure8, "z_t"),
+                                           (table2, None), (typographic, None), (components, None), (binding, None), (composition, None)])
+def test_every_script_writes_its_table_numbers_and_picture(script, given, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
+    torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / "given.pt")
     if script is table2:
         monkeypatch.setattr(script, "training", lambda path, stage, stack: (100, 1e9))
     files = ["--weights", str(weights), "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
     monkeypatch.setattr(sys, "argv", [script.__name__, "--n", "2", "--seeds", "2", "--steps", "2", "--device", "cpu", *files,
-                                      *options.get(script, [])])
+                                      *(["--guidance", "1", "2"] if script is guidance else []),
+                                      *([{"caption": "--glide", "z_t": "--z-t"}[given], str(tmp_path / "given.pt")] if given else [])])
     script.main()
     out, kept = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text("utf-8"))
     rows = [line for line in out.splitlines() if line.startswith("| ")]
@@ -236,10 +235,28 @@ def test_every_script_writes_its_table_numbers_and_picture(script, weights, few,
     assert min(Image.open(tmp_path / "a.png").size) > 100
 
 
+@pytest.mark.parametrize("option, given, kind", [("--glide", "caption", "none"), ("--z-t", "z_t", "text"), (None, None, "none")])
+def test_the_model_of_the_caption_alone_gets_what_its_decoder_was_trained_on(option, given, kind, weights, tmp_path, monkeypatch):  # noqa: F811
+    checkpoint = torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}
+    checkpoint["model"] = checkpoint["model"] | {"conv_out.bias": torch.full_like(checkpoint["model"]["conv_out.bias"], 7)}
+    torch.save(checkpoint, tmp_path / "given.pt")
+    monkeypatch.setattr(sys, "argv", ["guidance", "--weights", str(weights), "--device", "cpu",
+                                      *([option, str(tmp_path / "given.pt")] if option else [])])
+    seen = []
+    monkeypatch.setattr(guidance, "measure", lambda models, args: seen.extend(models.values()) or ({}, {}))
+    for name in ("show", "chart", "conclusions", "finish"):
+        monkeypatch.setattr(guidance, name, lambda *args, **numbers: None)
+    guidance.main()
+    (alone, its), (unclip, drawn) = seen
+    assert (its, drawn) == (kind, "diffusion") and not (unclip["decoder"].conv_out.bias == 7).any()
+    assert bool((alone["decoder"].conv_out.bias == 7).all()) == bool(option)
+
+
 @pytest.mark.parametrize("script, arguments, message", [
     (guidance, ["--n", "1"], "--n 1: must be between 2"), (figure8, ["--seeds", "1"], "--seeds 1: must be between 2"),
     (binding, ["--steps", "1"], "--steps 1: must be"), (guided_prior, ["--guidance", "-1"], "--guidance -1"),
-    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"),
+    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"), (guidance, ["--glide", "a.pt", "--z-t", "b.pt"], "not allowed with"),
+    (guidance, ["--z-t", "DECODER"], "was not trained with --given z_t"),
     (figure8, ["--z-t", "CLIP"], "is a 'clip' checkpoint, expected 'decoder'"),
     (figure8, ["--z-t", "DECODER"], "was not trained with --given z_t")])
 def test_wrong_use_is_one_line_and_exit_status_2(script, arguments, message, weights, monkeypatch, capsys):  # noqa: F811
