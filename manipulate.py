@@ -13,7 +13,7 @@ trained here, and the only sampler is the decoder's DDIM, with η = 0 but for va
 
 Where the paper is silent, ours: decoding is unguided, unclamped, and repeats the inversion's caption and steps, for only then
 are the two each other's inverse; of variations, which are to differ, guidance grows with η; slerp of x_T turns the directions and
-changes the norms evenly; the principal components are the autoregressive prior's, and what is left of z_i is normalized again; the
+changes the norms evenly; the principal components are the autoregressive prior's, and what is left of z_i stays short (pca_reconstruct); the
 difference of two captions is brought into their span before it moves z_i (text_diff).
 
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
@@ -166,11 +166,12 @@ def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", step
     """Decodings of z_i's first k principal components, for each k of counts, from one x_T (§4, fig. 7).
 
     z_i (B, d), x_T (B, 3, 64, 64), mean (d,), components (K, d), orthonormal, a row each, the largest variance first
-    → (B, len(counts), 3, 64, 64). The sum is normalized. Raises UserError.
+    → (B, len(counts), 3, 64, 64). Raises UserError. The sum is not normalized (ours): with few components it is short, near to no
+    z_i at all, and the decoder fills in what it does not say; a long one lies where no picture's z_i does, and is decoded as noise.
     """
     if not all(0 <= k <= len(components) for k in counts):
         raise UserError(f"components {' '.join(map(str, counts))}: must be between 0 and {len(components)}")
-    z_k = [F.normalize(mean + (z_i - mean) @ components[:k].T @ components[:k], dim=1) for k in counts]
+    z_k = [mean + (z_i - mean) @ components[:k].T @ components[:k] for k in counts]
     x_T = x_T[:, None].expand(-1, len(counts), -1, -1, -1)
     return decode(stack, torch.stack(z_k, 1), x_T, captions, 0, steps, bar=bar)
 

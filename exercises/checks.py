@@ -840,11 +840,10 @@ def pca_reconstruct(run):
     run({}, z_i, x_T, mean, components, counts, given=given)
     for n, k in enumerate(counts):
         part = lambda z: z @ components[:k].T @ components[:k]
-        same(seen["z_i"][:, n], F.normalize(mean + part(z_i - mean), dim=1),
-             f"z_i of {k} components is the mean plus its part along the first {k}, at unit norm", {
-            "the mean is to be added back": F.normalize(part(z_i - mean), dim=1),
-            "subtract the mean before you project": F.normalize(mean + part(z_i), dim=1),
-            "the sum is to be normalized": mean + part(z_i - mean)})
+        same(seen["z_i"][:, n], mean + part(z_i - mean), f"z_i of {k} components is the mean plus its part along the first {k}", {
+            "the mean is to be added back": part(z_i - mean),
+            "subtract the mean before you project": mean + part(z_i),
+            "the sum is not to be normalized": F.normalize(mean + part(z_i - mean), dim=1)})
     same(seen["x_T"], x_T[:, None].expand(-1, 3, -1, -1, -1), "all are decoded from the one x_T")
     refuses(run, "more components than there are raise UserError", "UserError", {}, z_i, x_T, mean, components, [6],
             given={"decode": spied(2, 1, seen)})

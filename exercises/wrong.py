@@ -166,11 +166,11 @@ WRONG = {
              "z_i.norm(dim=1, keepdim=True)", "z_d")]),
          ("text_diff", "goes all the way", "θ ends at maximum", [("maximum * k / (frames - 1)", "k / (frames - 1)")]),
          ("text_diff", "walks back from z_d", "not back", [("torch.stack([slerp(z_i, z_d,", "torch.stack([slerp(z_d, z_i,")])],
-    20: [("pca_reconstruct", "forgets the mean", "added back", [("F.normalize(mean + (z_i - mean)", "F.normalize((z_i - mean)")]),
+    20: [("pca_reconstruct", "forgets the mean", "added back", [("mean + (z_i - mean)", "(z_i - mean)")]),
          ("pca_reconstruct", "projects without subtracting the mean", "before you project", [("(z_i - mean) @", "z_i @")]),
-         ("pca_reconstruct", "forgets to normalize", "to be normalized", [
-            ("F.normalize(mean + (z_i - mean) @ components[:k].T @ components[:k], dim=1)", "mean + (z_i - mean) @ "
-             "components[:k].T @ components[:k]")])],
+         ("pca_reconstruct", "normalizes", "not to be normalized", [
+            ("mean + (z_i - mean) @ components[:k].T @ components[:k]", "F.normalize(mean + (z_i - mean) @ "
+             "components[:k].T @ components[:k], dim=1)")])],
 }
 
 
