@@ -629,6 +629,7 @@ class Recipe:
     warmup: int = 500
     at_once: int = 1 << 20  # rows that go through the network together: a larger batch's gradients are added up in pieces
     recompute: bool = False  # clip: keep only each block's input for the backward pass, which computes the rest again
+    only: tuple = ()  # parts of parameters' names: train these alone, from --init; the rest stays what it was
     words: float = 0.0  # share of the scenes that have a word written across them (clip and decoder)
     near: tuple = (0.0, 0.0)  # clip compares scenes with their near misses alone from this share of the steps to that one (ours)
     scale: float = 100.0  # clip's cosines are multiplied by no more than this in its loss: see clip_loss
@@ -931,7 +932,7 @@ def add_gradients(loss, batch, k, recipe, context, held_out=False):
 
 def prepared(stage, args, device):
     """(recipe, context, extra) of a stage, as the command line wants it. Raises UserError."""
-    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate", "words") if getattr(args, k)}
+    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate", "only", "words") if getattr(args, k)}
     recipe, (_, world) = replace(RECIPES[args.preset][stage], **changes), ranks()
     if recipe.batch_size % world:
         raise UserError(f"--batch-size {recipe.batch_size}: cannot be shared equally by {world} processes")
@@ -959,6 +960,12 @@ def networks(stage, recipe, context, init=None):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
         model.load_state_dict(given.state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
+    names = [name for name, _ in model.named_parameters()]
+    for part in recipe.only:
+        if not any(part in name for name in names):
+            raise UserError(f"--only {part}: no parameter of the {stage} is called so; some are {', '.join(names[:3])}")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not recipe.only or any(part in name for part in recipe.only))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules() if recipe.recompute else ():
         if isinstance(block, clip_embed.ResidualAttentionBlock):
@@ -1296,6 +1303,8 @@ def main():
                         "written across a thing (fig. 6; default 0)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes, order, captions and noise (default 0)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="start from these weights, as in weights/shapes (one stage)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="train only parameters with one of these in their names, "
+                        "and leave the others as --init has them")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: show parameters, memory needed, images a second "
                         "on this machine and hours to finish")
@@ -1314,6 +1323,8 @@ def main():
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between {low:g} and {high:g}")
         if args.init and args.stage not in STAGES:
             raise UserError(f"--init {args.init}: a checkpoint is one stage's; train that stage alone")
+        if args.only and not args.init:
+            raise UserError(f"--only {' '.join(args.only)}: the rest needs weights; say by --init which")
         device = pick_device(args.device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun's
             if device.type == "cuda":

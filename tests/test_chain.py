@@ -45,7 +45,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
                               init=None, data=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2,
-                              dry_run=False, given="z_i", words=0.0)
+                              dry_run=False, given="z_i", only=(), words=0.0)
 
 
 def stopped_after(monkeypatch, saves):
@@ -110,6 +110,24 @@ def test_init_starts_from_a_checkpoints_weights(tiny):
     tiny.out = tiny.out.parent / "other"
     with pytest.raises(UserError, match="has other sizes"):
         train.train("upsample-1024", argparse.Namespace(**vars(tiny) | {"init": resaved(tiny.init, stage="upsample-1024")}), torch.device("cpu"))
+
+
+def test_only_trains_the_parameters_that_it_names_and_leaves_the_others_as_init_has_them(tiny):
+    """The rest keeps its very bytes, through weight decay, EMA, a resumption and the export: that is what lets it be stored once."""
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    train.export(tiny.out, tiny.out.parent / "first", ["upsample-256"])
+    tiny.init, tiny.out, tiny.only = tiny.out.parent / "first/upsample-256.pt", tiny.out.parent / "some", ("time_embed", "conv_out")
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    tiny.resume, tiny.steps = True, 6
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    train.export(tiny.out, tiny.out.parent / "second", ["upsample-256"])
+    first, second = (torch.load(tiny.out.parent / name / "upsample-256.pt", weights_only=True) for name in ("first", "second"))
+    changed = {k for k in first["model"] if not torch.equal(first["model"][k], second["model"][k])}
+    assert changed == {k for k in first["model"] if "time_embed" in k or "conv_out" in k}
+    assert second["trained"]["recipe"]["only"] == ("time_embed", "conv_out")
+    tiny.only, tiny.out = ("time_embed", "conv_uot"), tiny.out.parent / "none"
+    with pytest.raises(UserError, match="--only conv_uot: no parameter of the upsample-256 is called so"):
+        train.train("upsample-256", tiny, torch.device("cpu"))
 
 
 def resaved(path, **changes):
@@ -288,6 +306,7 @@ def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weight
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", "0"], "--steps 0: must be between 1"), (["--seed", "-1"], "--seed -1: must be between 0"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--device", "toaster"], "not available here"),
+    (["--only", "qkv"], "--only qkv: the rest needs weights; say by --init which"),
     ([], "clip.pt: no such file; expected the clip checkpoint that `python train.py clip` writes"),
 ])
 def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, monkeypatch, capsys, tmp_path):
