@@ -26,9 +26,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import read_scene
-from clip_embed import encode_captions, one_line_errors, pick_device
+from clip_embed import one_line_errors, pick_device
 from common import (conclude, decode, draw, finish, gallery, jackknife, load_network, options, parse, phrase, seeds,
                     show, to_images, true_scenes)
+from manipulations import z_t
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES, swapped
 
@@ -91,9 +92,9 @@ def measure(stack, args):
         captions = [f"{phrase(*one)} and {phrase(*other)}" for one, other in pairs]
         heads = heads or captions
         scenes = true_scenes(captions, 1000 + seed)
-        z_i, z_t = embed(stack, scenes), encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"].cpu()
+        z_i, told = embed(stack, scenes), z_t(stack, captions)
         known = references(stack, captions, 2000 + seed)
-        add("CLIP", (preference(z_i, z_t[:, None]) > 0).double().tolist())
+        add("CLIP", (preference(z_i, told[:, None]) > 0).double().tolist())
         add("z_i", (preference(z_i, known) > 0).double().tolist())
         drawn = {name: draw(stack, captions, seed, kind) for name, kind in (("diffusion", "diffusion"), ("AR", "ar"))}
         for name in drawn:

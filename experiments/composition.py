@@ -21,9 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-from clip_embed import encode_captions, one_line_errors, pick_device
+from clip_embed import one_line_errors, pick_device
 from common import (conclude, decode, draw, finish, gallery, load_network, observe, options, parse, phrase, right,
                     seeds, show, to_images, true_scenes, under)
+from manipulations import z_t
 from priors import embed
 from train import COLOURS, HELD_OUT, SHAPES
 
@@ -34,9 +35,9 @@ ALL = list(product(COLOURS, SHAPES))
 
 def named(stack, scenes, captions):
     """Observations of CLIP naming true pictures: which of the 42 captions "a colour shape" is nearest to z_i."""
-    z_t = encode_captions(stack["clip"], stack["tokenizer"], [phrase(c, s) for c, s in ALL])[0]["z_t"].cpu()
+    told = z_t(stack, [phrase(c, s) for c, s in ALL])
     result = []
-    for best, caption in zip((embed(stack, scenes) @ z_t.T).argmax(1).tolist(), captions):
+    for best, caption in zip((embed(stack, scenes) @ told.T).argmax(1).tolist(), captions):
         _, colour, shape = caption.split()
         verdict = {"colour": ALL[best][0] == colour, "shape": ALL[best][1] == shape}
         result.append({"right": verdict | {"bound": all(verdict.values())}})

@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
-from clip_embed import encode_captions, one_line_errors, pick_device, read_checkpoint
+from clip_embed import one_line_errors, pick_device, read_checkpoint
 from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
+from manipulations import z_t
 from priors import embed
 from train import lay_out, pick, random_scene
 
@@ -68,8 +69,7 @@ def read_shape(image):
 
 def named(stack, z_i):
     """The shape that CLIP names for each of z_i (n, d): that of the nearest of the captions "a circle" … "a cross"."""
-    z_t = encode_captions(stack["clip"], stack["tokenizer"], [f"a {shape}" for shape in SHAPES])[0]["z_t"].cpu()
-    return [SHAPES[k] for k in (z_i @ z_t.T).argmax(1).tolist()]
+    return [SHAPES[k] for k in (z_i @ z_t(stack, [f"a {shape}" for shape in SHAPES]).T).argmax(1).tolist()]
 
 
 def measure(stack, args):
