@@ -7,7 +7,8 @@ In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never 
 Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
       CLIP's nearest caption "a circle" … "a cross" names the thing, how often the word, and how often one of the four other
       shapes, which is what mere damage would make of it; and which of these a decoding of z_i shows. The reader's own line is of
-      the pictures themselves. Then the conclusions. --picture: pictures, plain and with a word, each over its decoding
+      the pictures themselves; the last says how often CLIP, asked, reads the word: a CLIP that cannot is not fooled either. Then
+      the conclusions. --picture: pictures, plain and with a word, each over its decoding
 
     python experiments/typographic.py --weights runs/words --picture docs/typographic.png
 """
@@ -24,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
 from clip_embed import one_line_errors, pick_device, read_checkpoint
-from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
+from common import conclude, decode, finish, gallery, jackknife, options, parse, phrase, seeds, show, to_images
 from manipulations import z_t
 from priors import embed
 from train import lay_out, pick, random_scene
 
+ASKED = "CLIP, asked for the word"
 NEUTRAL = 45  # a pixel whose channels differ by less is a letter's or the background's
 
 
@@ -72,9 +74,19 @@ def named(stack, z_i):
     return [SHAPES[k] for k in (z_i @ z_t(stack, [f"a {shape}" for shape in SHAPES]).T).argmax(1).tolist()]
 
 
+def reads(stack, z_i, scenes):
+    """Whether z_i (n, d) of scenes with a word are nearest to the caption that says what is written, of the five other shapes' names."""
+    result = []
+    for z, thing in zip(z_i, [scene.things[0] for scene in scenes]):
+        words = [word for word in SHAPES if word != thing.shape]
+        captions = [phrase(thing.shape, "that", "says", word) for word in words]
+        result.append(words[int((z_t(stack, captions) @ z).argmax())] == thing.word)
+    return result
+
+
 def measure(stack, args):
     """({"who, on what": {column: pseudo-values}}, a picture of the first scenes)."""
-    seen, first, heads = {}, {}, []
+    seen, read, first, heads = {}, [], {}, []
     for seed in seeds(args):
         plain, worded = scenes_of(args.n, seed)
         for what, scenes in (("plain", plain), ("with a word", worded)):
@@ -86,11 +98,14 @@ def measure(stack, args):
                 seen.setdefault(f"{who}, {what}", []).append(
                     [{"thing": shape == thing.shape, "word": shape == thing.word, "other": shape in SHAPES and
                       shape not in (thing.shape, thing.word)} for shape, thing in zip(shapes, things)])
+            if what == "with a word":
+                read.append([{"word": each} for each in reads(stack, z_i, scenes)])
             first.setdefault(what, images[:8])
             first.setdefault(f"{what}, decoded", made[:8])
             heads = heads or [f"{thing.shape}, {thing.word}" for thing in things]
     share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
-    return {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in seen.items()}, gallery(first, heads)
+    rows = {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in seen.items()}
+    return rows | {ASKED: {"word": jackknife(share("word"), read)}}, gallery(first, heads)
 
 
 def conclusions(rows):
@@ -103,6 +118,7 @@ def conclusions(rows):
                           "more often", "less often"),
                  conclude(f"With a word across, {who} {verb} the word's shape against each of the four others", worded["word"],
                           np.divide(worded["other"], 4), "more often, so it is read", "less often")]
+    said.append(conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often", "less often"))
     return said + [conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
                             taken("decoding"))]
 

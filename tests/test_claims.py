@@ -201,6 +201,15 @@ def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
     assert typographic.read_shape(torch.ones(3, 64, 64)) is None
 
 
+def test_who_reads_is_told_from_who_names_the_thing_or_another_word(monkeypatch):
+    _, scenes = typographic.scenes_of(5, 3)
+    captions = [f"a {a} that says {b}" for a in train.SHAPES for b in train.SHAPES]
+    monkeypatch.setattr(typographic, "z_t", lambda stack, some: torch.eye(len(captions))[[captions.index(c) for c in some]])
+    says = lambda word_of: torch.eye(len(captions))[[captions.index(f"a {s.things[0].shape} that says {word_of(s.things[0])}") for s in scenes]]
+    other = lambda thing: next(word for word in train.SHAPES if word not in (thing.word, thing.shape))
+    assert all(typographic.reads(None, says(lambda thing: thing.word), scenes)) and not any(typographic.reads(None, says(other), scenes))
+
+
 def test_equal_training_compute_is_said_where_it_is_and_else_what_would_make_it_so():
     assert "1.03 times as much, so what follows is at nearly equal" in table2.balance({"prior": (100, 3e9), "ar-prior": (310, 1e9)})
     assert "prior trained for 100 steps; what follows is not" in table2.balance({"prior": (300, 3e9), "ar-prior": (300, 1e9)})
