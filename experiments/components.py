@@ -73,7 +73,7 @@ def measure(stack, args):
         groups.append([[recovered(scene, read_scene(sample.to_picture(image))) for image in images]
                        for scene, images in zip(scenes, made)])
         if first is None:
-            first = {"true": to_images(scenes)} | {f"{k} components": made[:, n] for n, k in enumerate(counts)}
+            first = {"true": to_images(scenes)} | {f"{k} component{'s' * (k != 1)}": made[:, n] for n, k in enumerate(counts)}
     rate = lambda name, n: lambda observations: float(np.mean([each[n][name] for each in observations]))
     rows = {str(k): {name: jackknife(rate(name, n), groups) for name in ATTRIBUTES} for n, k in enumerate(counts)}
     return rows, {name: {"how early": jackknife(earliness(name), groups)} for name in ATTRIBUTES}, first
