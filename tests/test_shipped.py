@@ -6,16 +6,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import manipulate
 import sample
 from caption_accuracy import draw_and_score
+from clip_embed import read_checkpoint
+from common import decode, draw, load_network, observe
 from manipulations import psnr, scenes_of, shown, to_images
 from sweep import captions_of
 from train import random_scene
 
 ROOT = Path(__file__).parent.parent
+ON_Z_T = ROOT / "weights/z_t"
 SCRIPT = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu"]
 
 
@@ -25,6 +29,14 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
     config = stack["decoder"].config  # as --help says
     assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (10, 8, 3.0, 64)
+
+
+def test_the_decoder_on_z_t_shares_all_but_what_it_was_trained_in_with_the_shipped_one():
+    one, other = (read_checkpoint(folder / "decoder.pt", "decoder") for folder in (sample.SHIPPED, ON_Z_T))
+    changed = {name for name in one["model"] if not torch.equal(one["model"][name], other["model"][name])}
+    only = other["trained"]["recipe"]["only"]
+    assert changed == {name for name in one["model"] if any(part in name for part in only)}
+    assert other["given"] == "z_t" and other["clip"] == one["clip"] and other["config"] == one["config"]
 
 
 # A process begins with its parent's peak memory as its own: so a small one stands between it and the tests.
@@ -60,6 +72,16 @@ def test_shapes_and_their_colours_are_mostly_right():
     one, two = sum(bound[::2]), sum(bound[1::2])
     print(f"one thing {one} / 16, two things {two} / 16")
     assert one >= 15 and two >= 10
+
+
+@pytest.mark.slow
+def test_the_decoder_on_z_t_hears_captions_as_the_shipped_one_does_not():
+    stack, captions = sample.load_stack(prior_kind="none"), captions_of(32, seed=7)
+    z_t = draw(stack, captions, 7, "text")
+    on_z_t = stack | {"decoder": load_network(ON_Z_T / "decoder.pt", "decoder", stack, "z_t")}
+    shown_by = [sum(o["right"]["all"] for o in observe(decode(networks, z_t, captions, 7), captions)) for networks in (stack, on_z_t)]
+    print(f"given z_t, the shipped decoder shows {shown_by[0]} of 32, the one trained on it {shown_by[1]}")
+    assert shown_by[1] >= shown_by[0] + 4
 
 
 @pytest.mark.slow
