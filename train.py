@@ -998,10 +998,10 @@ def train(stage, args, device):
         state = saved.get("training")
         if state is None or differing(saved["config"], asdict(config)):
             raise UserError(f"{path}: cannot be resumed, it {'has no optimizer state' if state is None else 'has other sizes'}")
-        for name, value in ({"seed": args.seed} | extra).items():
-            if ({"data": None, "given": "z_i"} | state | saved).get(name) != value:  # what older ones lack
-                raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
-                                f"{(state | saved).get(name)!s:.40}, not {value!s:.40}")
+        was = {"data": None, "given": "z_i", "only": (), **state.get("recipe", {}), **state, **saved}  # first what older ones lack
+        for name, value in ({"seed": args.seed, "only": recipe.only} | extra).items():
+            if was.get(name) != value:
+                raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: {was.get(name)!s:.40}, not {value!s:.40}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(saved["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1315,7 +1315,7 @@ def main():
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints (default 500)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    args.out = args.out or Path("runs") / args.preset
+    args.out, args.only = args.out or Path("runs") / args.preset, tuple(args.only)
     with one_line_errors():
         for name, low, high in (("steps", 1, 1e9), ("batch_size", 1, 1e6), ("learning_rate", 1e-12, 10), ("seed", 0, 1 << 30),
                                 ("words", 0, 1), ("workers", 0, 1024), ("log_every", 1, 1e9), ("save_every", 1, 1e9)):

@@ -59,6 +59,8 @@ def parse(parser):
     for name, low, high in (("n", 2, 100_000), ("seeds", 2, 1000), ("steps", 2, 950)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between {low} and {high}")
+    for path in filter(None, (args.json, args.picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
     return args
 
 

@@ -5,7 +5,7 @@ Out:  on stdout, a table: for the caption alone (z_i = 0), z_t in z_i's place, z
       diffusion prior, and z_i of a true picture of the caption, how often each attribute that the caption says is shown, and
       Fréchet distances to true renderings; then the conclusions. --picture: the first captions' pictures, a kind a row
 
-    python experiments/figure8.py --z-t runs/z_t/decoder.pt --picture docs/figure8.png
+    python experiments/figure8.py --z-t weights/z_t/decoder.pt --picture docs/figure8.png
 """
 
 import sys
@@ -48,7 +48,8 @@ def conclusions(rows):
     best, said = "diffusion prior", []
     for other in [name for name in rows if name != best]:
         said += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
-                 for c, what in (("all", "Captions shown"), ("distance, features", "Distance from true pictures"))]
+                 for c, what in (("all", "Captions shown"), ("distance, attributes", "Distance of what is shown"),
+                                 ("distance, features", "Distance of features"))]
     return said
 
 

@@ -12,7 +12,7 @@ z_t follows from the caption, so a decoder of z_t and the caption models P(x|y),
 z_i. It is GLIDE with a text encoder that was trained before, and hears the caption long before one that begins with nothing.
 Table 1's questions are asked of the means over all scales of the sweep, so that no scale is chosen by what it is judged by.
 
-    python experiments/guidance.py --z-t runs/z_t/decoder.pt --picture docs/guidance.png
+    python experiments/guidance.py --z-t weights/z_t/decoder.pt --picture docs/guidance.png
 """
 
 import sys
@@ -28,7 +28,6 @@ from common import (OPEN, chart, conclude, decode, draw, finish, gallery, load_n
                     show, to_images, true_scenes, under)
 from sweep import captions_of
 
-ALONE, UNCLIP = "caption alone", "unCLIP"
 COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity")
 
 
@@ -57,15 +56,15 @@ def pictures(models, args):
 
 
 def conclusions(rows):
-    """What the numbers say of table 1's three questions and of figs. 9 to 11."""
-    alone, unclip = (list(rows[model].values()) for model in (ALONE, UNCLIP))
+    """What the numbers, of the other model and of unCLIP, say of table 1's three questions and of figs. 9 to 11."""
+    (other, alone), (_, unclip) = ((model, list(scales.values())) for model, scales in rows.items())
     mean = lambda settings, column: np.mean([s[column] for s in settings], 0)
-    names = {"all right": "Captions shown, unCLIP against the caption alone",
-             "distance, features": "Distance from true pictures, unCLIP against the caption alone",
-             "diversity": "Diversity, unCLIP against the caption alone"}
+    names = {"all right": f"Captions shown, unCLIP against the {other}",
+             "distance, features": f"Distance from true pictures (features), unCLIP against the {other}",
+             "diversity": f"Diversity, unCLIP against the {other}"}
     said = [conclude(what, mean(unclip, c), mean(alone, c), "higher", "lower") for c, what in names.items()]
     lost = [np.subtract(s[0]["diversity"], s[-1]["diversity"]) for s in (unclip, alone)]
-    return said + [conclude("Diversity lost from the lowest to the highest guidance, unCLIP against the caption alone", *lost)]
+    return said + [conclude(f"Diversity lost from the lowest to the highest guidance, unCLIP against the {other}", *lost)]
 
 
 def main():
@@ -86,7 +85,8 @@ def main():
         given, path = ("z_t", args.z_t) if args.z_t else ("caption", args.glide)
         alone = {**stack, "decoder": load_network(path, "decoder", stack, given)} if path else stack
         print(f"The caption alone is given to {path or 'the decoder of unCLIP, with z_i = 0'}{', as z_t' * bool(args.z_t)}.\n", flush=True)
-        models = {ALONE: (alone, "text" if args.z_t else "none"), UNCLIP: (stack, "diffusion")}
+        name, kind = ("caption and z_t", "text") if args.z_t else ("caption alone", "none")
+        models = {name: (alone, kind), "unCLIP": (stack, "diffusion")}
         rows, true = measure(models, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})

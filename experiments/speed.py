@@ -117,7 +117,7 @@ def main():
             raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
         device = pick_device(args.device)
         args.out, args.seed, args.workers, args.given = Path(folder), 0, 0, "z_i"
-        args.steps = args.learning_rate = args.words = None
+        args.steps = args.learning_rate = args.only = args.words = None
         args.data, args.clip, args.bpe, args.dry_run = None, None, None, True  # as the dry run: an untrained CLIP will do
         peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
         rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]

@@ -125,6 +125,8 @@ def test_only_trains_the_parameters_that_it_names_and_leaves_the_others_as_init_
     changed = {k for k in first["model"] if not torch.equal(first["model"][k], second["model"][k])}
     assert changed == {k for k in first["model"] if "time_embed" in k or "conv_out" in k}
     assert second["trained"]["recipe"]["only"] == ("time_embed", "conv_out")
+    with pytest.raises(UserError, match=r"trained with another only: .*conv_out.*, not \(\)"):
+        train.train("upsample-256", argparse.Namespace(**vars(tiny) | {"only": ()}), torch.device("cpu"))
     tiny.only, tiny.out = ("time_embed", "conv_uot"), tiny.out.parent / "none"
     with pytest.raises(UserError, match="--only conv_uot: no parameter of the upsample-256 is called so"):
         train.train("upsample-256", tiny, torch.device("cpu"))

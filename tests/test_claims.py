@@ -232,12 +232,12 @@ def test_every_script_writes_its_table_numbers_and_picture(script, given, weight
     torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / "given.pt")
     if script is table2:
         monkeypatch.setattr(script, "training", lambda path, stage, stack: (100, 1e9))
-    files = ["--weights", str(weights), "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
+    files = ["--weights", str(weights), "--json", str(tmp_path / "new/a.json"), "--picture", str(tmp_path / "a.png")]
     monkeypatch.setattr(sys, "argv", [script.__name__, "--n", "2", "--seeds", "2", "--steps", "2", "--device", "cpu", *files,
                                       *(["--guidance", "1", "2"] if script is guidance else []),
                                       *([{"caption": "--glide", "z_t": "--z-t"}[given], str(tmp_path / "given.pt")] if given else [])])
     script.main()
-    out, kept = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text("utf-8"))
+    out, kept = capsys.readouterr().out, json.loads((tmp_path / "new/a.json").read_text("utf-8"))
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) >= 4 and len({line.count("|") for line in rows}) <= 2 and all(said in out for said in kept["conclusions"])
     assert kept["settings"]["n"] == 2 and kept["conclusions"] and kept["rows"]

@@ -76,12 +76,12 @@ def test_shapes_and_their_colours_are_mostly_right():
 
 @pytest.mark.slow
 def test_the_decoder_on_z_t_hears_captions_as_the_shipped_one_does_not():
-    stack, captions = sample.load_stack(prior_kind="none"), captions_of(32, seed=7)
+    stack, captions = sample.load_stack(prior_kind="none"), captions_of(64, seed=7)
     z_t = draw(stack, captions, 7, "text")
     on_z_t = stack | {"decoder": load_network(ON_Z_T / "decoder.pt", "decoder", stack, "z_t")}
-    shown_by = [sum(o["right"]["all"] for o in observe(decode(networks, z_t, captions, 7), captions)) for networks in (stack, on_z_t)]
-    print(f"given z_t, the shipped decoder shows {shown_by[0]} of 32, the one trained on it {shown_by[1]}")
-    assert shown_by[1] >= shown_by[0] + 4
+    bound_by = [sum(o["right"]["bound"] for o in observe(decode(networks, z_t, captions, 7), captions)) for networks in (stack, on_z_t)]
+    print(f"given z_t, shapes and colours are right in {bound_by[0]} of the shipped decoder's 64, {bound_by[1]} of the other's")
+    assert bound_by[1] >= bound_by[0] + 6  # of 180 captions 15% and 37%
 
 
 @pytest.mark.slow
