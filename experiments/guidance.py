@@ -84,8 +84,8 @@ def main():
         stack = sample.load_stack(args.weights, pick_device(args.device))
         given, path = ("z_t", args.z_t) if args.z_t else ("caption", args.glide)
         alone = {**stack, "decoder": load_network(path, "decoder", stack, given)} if path else stack
-        print(f"The caption alone is given to {path or 'the decoder of unCLIP, with z_i = 0'}{', as z_t' * bool(args.z_t)}.\n", flush=True)
         name, kind = ("caption and z_t", "text") if args.z_t else ("caption alone", "none")
+        print(f"The {name} {'are' if args.z_t else 'is'} given to {path or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
         models = {name: (alone, kind), "unCLIP": (stack, "diffusion")}
         rows, true = measure(models, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
