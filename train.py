@@ -960,12 +960,12 @@ def networks(stage, recipe, context, init=None):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
         model.load_state_dict(given.state_dict())
     model.load_state_dict(context.get("codes", {}), strict=False)
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
     for part in recipe.only:
-        if not any(part in name for name in names):
-            raise UserError(f"--only {part}: no parameter of the {stage} is called so; some are {', '.join(names[:3])}")
-    for name, p in model.named_parameters():
-        p.requires_grad_(not recipe.only or any(part in name for part in recipe.only))
+        if not any(part in name for name in parameters):
+            raise UserError(f"--only {part}: no parameter of the {stage} is called so; some are {', '.join([*parameters][:3])}")
+    for name, p in parameters.items() if recipe.only else ():
+        p.requires_grad_(any(part in name for part in recipe.only))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules() if recipe.recompute else ():
         if isinstance(block, clip_embed.ResidualAttentionBlock):

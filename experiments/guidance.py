@@ -51,8 +51,11 @@ def measure(models, args):
 
 def pictures(models, args):
     """Eight pictures of the caption OPEN for each model and scale, {row: images}."""
-    return {f"{model}, guidance {scale:g}": decode(stack, draw(stack, [OPEN] * 8, 0, kind), [OPEN] * 8, 0, scale, args.steps)
-            for model, (stack, kind) in models.items() for scale in args.guidance}
+    rows = {}
+    for model, (stack, kind) in models.items():
+        z_i = draw(stack, [OPEN] * 8, 0, kind)
+        rows |= {f"{model}, guidance {scale:g}": decode(stack, z_i, [OPEN] * 8, 0, scale, args.steps) for scale in args.guidance}
+    return rows
 
 
 def conclusions(rows):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
 from clip_embed import one_line_errors, pick_device, read_checkpoint
-from common import conclude, decode, finish, gallery, jackknife, options, parse, phrase, seeds, show, to_images
+from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
 from manipulations import z_t
 from priors import embed
 from train import lay_out, pick, random_scene
@@ -76,12 +76,10 @@ def named(stack, z_i):
 
 def reads(stack, z_i, scenes):
     """Whether z_i (n, d) of scenes with a word are nearest to the caption that says what is written, of the five other shapes' names."""
-    result = []
-    for z, thing in zip(z_i, [scene.things[0] for scene in scenes]):
-        words = [word for word in SHAPES if word != thing.shape]
-        captions = [phrase(thing.shape, "that", "says", word) for word in words]
-        result.append(words[int((z_t(stack, captions) @ z).argmax())] == thing.word)
-    return result
+    words = {shape: [word for word in SHAPES if word != shape] for shape in SHAPES}
+    told = {shape: z_t(stack, [f"a {shape} that says {word}" for word in words[shape]]) for shape in SHAPES}
+    things = [scene.things[0] for scene in scenes]
+    return [words[thing.shape][int((told[thing.shape] @ z).argmax())] == thing.word for z, thing in zip(z_i, things)]
 
 
 def measure(stack, args):
@@ -118,8 +116,9 @@ def conclusions(rows):
                           "more often", "less often"),
                  conclude(f"With a word across, {who} {verb} the word's shape against each of the four others", worded["word"],
                           np.divide(worded["other"], 4), "more often, so it is read", "less often")]
-    said.append(conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often", "less often"))
-    return said + [conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
+    return said + [conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often",
+                            "less often"),
+                   conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
                             taken("decoding"))]
 
 
