@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import clip_embed
+from weights import checkpoints, published
 
 MODELS = {"ViT-B/32": clip_embed.CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408, 512, 12, 8),
           "ViT-L/14": clip_embed.CLIPConfig(embed_dim=768, image_size=224, vision_patch_size=14, vision_width=1024, vision_layers=24,
@@ -33,16 +34,16 @@ MODELS = {"ViT-B/32": clip_embed.CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408
 def write_folder(folder, config, dtype):
     """A Hugging Face folder of random weights: config.json, model.safetensors, and merges.txt with as many merges as it needs."""
     with torch.device("meta"):
-        tensors = clip_embed.hugging_face(clip_embed.CLIP(config).state_dict())
+        tensors = published.hugging_face(clip_embed.CLIP(config).state_dict())
     header, at = {}, 0
     for name, t in tensors.items():
-        end = at + t.numel() * clip_embed.DTYPES[dtype].itemsize
+        end = at + t.numel() * published.DTYPES[dtype].itemsize
         header[name], at = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [at, end]}, end
     with open(folder / "model.safetensors", "wb") as file:
         text = json.dumps(header).encode()
         file.write(struct.pack("<Q", len(text)) + text)
         for t in tensors.values():
-            file.write((torch.randn(t.shape) * 0.02).to(clip_embed.DTYPES[dtype]).numpy().tobytes())
+            file.write((torch.randn(t.shape) * 0.02).to(published.DTYPES[dtype]).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
@@ -84,7 +85,7 @@ def measure(folder, images, captions):
     print(f"peak anonymous memory: {peak / 1e9:.2f} GB, {peak / size:.2f} x the weights in float32 ({before / 1e9:.2f} GB of it python "
           "and torch)")
     began = time.perf_counter()
-    clip_embed.fingerprint(clip)
+    checkpoints.fingerprint(clip)
     print(f"fingerprint: {time.perf_counter() - began:.1f} s")
     with torch.no_grad():
         for name, count, embed in (

@@ -23,11 +23,14 @@ import decoder
 import prior
 import sample
 import train
-from clip_embed import CLIPConfig, UserError, load_clip, read_safetensors
+from clip_embed import CLIPConfig, UserError, load_clip
+from data import shapes
+from weights.published import read_safetensors
+from weights import checkpoints, published
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "clip-hf-tiny"
-NAMES = {v: k for k, v in clip_embed.DTYPES.items()}
+NAMES = {v: k for k, v in published.DTYPES.items()}
 
 
 def close(ours, theirs):
@@ -78,7 +81,7 @@ def test_ids_states_features_and_logits_are_those_of_transformers(expected):
 def test_every_file_kind_and_precision_of_the_same_weights_loads(folder, expected):
     tensors = {k: v.clone() for k, v in read_safetensors(folder / "model.safetensors").items()}
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # older files keep these buffers
-    mark = clip_embed.fingerprint(load_clip(folder)[0])
+    mark = checkpoints.fingerprint(load_clip(folder)[0])
     for dtype, within in ((torch.float64, close), (torch.float16, lambda a, b: (a - b).abs().max() < 0.02 * b.abs().max())):
         other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         write_safetensors(folder / "model.safetensors", other, pad=1)
@@ -87,7 +90,7 @@ def test_every_file_kind_and_precision_of_the_same_weights_loads(folder, expecte
         torch.save(other, folder / "pytorch_model.bin")
         clip, tokenizer = load_clip(folder)
         check_features(clip, tokenizer, expected, within)
-        assert clip_embed.fingerprint(clip) == mark and all(p.dtype == torch.float32 for p in clip.parameters())
+        assert checkpoints.fingerprint(clip) == mark and all(p.dtype == torch.float32 for p in clip.parameters())
 
 
 def edit(path, **changes):
@@ -191,7 +194,7 @@ def test_openais_archive_gives_the_features_of_hugging_faces_layout(tmp_path, ra
 
     again, same = load_clip(folder)
     ids, pixels = tokenizer(["the bath", "a"]), torch.randn(2, 3, 32, 32)
-    assert torch.equal(ids, same(["the bath", "a"])) and ids[0, -1] == 0 and clip_embed.fingerprint(clip) == clip_embed.fingerprint(again)
+    assert torch.equal(ids, same(["the bath", "a"])) and ids[0, -1] == 0 and checkpoints.fingerprint(clip) == checkpoints.fingerprint(again)
     assert torch.equal(clip.encode_image(pixels), again.encode_image(pixels))
     assert all(torch.equal(a, b) for a, b in zip(clip.encode_text(ids), again.encode_text(ids)))
 
@@ -280,13 +283,13 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path, count, offset, size, s
     Pickler(stream, 2).dump({"text_projection": Tensor()})
     archive(tmp_path / "x.bin", stream.getvalue(), compression, **{"data/0": bytes(16)})
     with pytest.raises(UserError, match="damaged, or no checkpoint"):
-        clip_embed.read_archive(tmp_path / "x.bin")
+        published.read_archive(tmp_path / "x.bin")
 
 
 # ----------------------------------------------------------------------------- safetensors
 
 def test_safetensors_of_every_dtype_come_back_and_writing_leaves_the_file_alone(tmp_path):
-    tensors = {str(dtype): (torch.randn(3, 5) * 50).to(dtype) for dtype in clip_embed.DTYPES.values()}
+    tensors = {str(dtype): (torch.randn(3, 5) * 50).to(dtype) for dtype in published.DTYPES.values()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "last": torch.zeros(0, dtype=torch.int64)}
     for pad in range(3):
         write_safetensors(tmp_path / "x.safetensors", tensors, pad=pad)
@@ -404,7 +407,7 @@ def test_all_captions_get_openais_ids():
     path = Path(os.environ.get("CLIP_BPE", Path(__file__).parents[2] / "shared/fixtures/clip-bpe" / BPE))
     if not path.exists():
         pytest.skip(f"no {path}: get it from https://github.com/openai/CLIP, folder clip, and name it in CLIP_BPE")
-    tokenizer = clip_embed.read_tokenizer(path.parent, CLIPConfig(vocab_size=49408), path)
+    tokenizer = published.read_tokenizer(path.parent, CLIPConfig(vocab_size=49408), path)
     captions = json.loads((FIXTURES / "captions_and_ids.json").read_text("utf-8"))
     assert len(captions) == 1493 and [text for text, ids in captions if tokenizer.encode(text) != ids] == []
 
@@ -431,21 +434,21 @@ def test_prior_and_decoder_train_on_a_published_clip_and_belong_to_it(folder, tm
     monkeypatch.setitem(prior.PRESETS, "shapes", prior.PriorConfig(text_context=77, width=16, layers=1, heads=1))
     monkeypatch.setitem(decoder.PRESETS, "shapes", decoder.DecoderConfig(patch_size=8, channels=16, depth=1, multiples=(1, 2), attention=(4,),
                                                                          head_channels=16, norm_groups=8, text_layers=0, text_width=16))
-    monkeypatch.setattr(train, "FIXED_SCENES", 8)
+    monkeypatch.setattr(shapes, "FIXED_SCENES", 8)
     runs, words = tmp_path / "runs", ["--steps", 2, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--out", tmp_path / "runs"]
     for stage in ("prior", "decoder"):
         run(train, monkeypatch, stage, "--clip", folder, *words)
     assert not (runs / "clip.pt").exists()
-    mark = clip_embed.fingerprint(load_clip(folder)[0])
+    mark = checkpoints.fingerprint(load_clip(folder)[0])
     assert {torch.load(runs / f"{stage}.pt", weights_only=True)["clip"] for stage in ("prior", "decoder")} == {mark}
     draw = ["a red circle", "--weights", runs, "--size", 64, "--prior-steps", 2, "--decoder-steps", 2, "--out", tmp_path / "out", "--device", "cpu"]
     run(sample, monkeypatch, *draw, "--clip", folder)
     assert Image.open(next((tmp_path / "out").glob("*.png"))).size == (64, 64)
 
     with_tensor("logit_scale", torch.tensor(1.0))(folder)
-    other = clip_embed.fingerprint(load_clip(folder)[0])
+    other = checkpoints.fingerprint(load_clip(folder)[0])
     torch.save({"stage": "clip", "config": asdict(SIZES), "model": clip_embed.CLIP(SIZES).state_dict(), "merges": ["t h", "th e</w>"]}, runs / "clip.pt")
-    third = clip_embed.fingerprint(load_clip(runs / "clip.pt")[0])
+    third = checkpoints.fingerprint(load_clip(runs / "clip.pt")[0])
     for script, arguments, names in ((sample, [*draw, "--clip", folder], (mark, other)), (sample, draw, (mark, third)),
                                      (prior, ["a", "--weights", runs], (mark, third)),
                                      (decoder, [next((tmp_path / "out").glob("*.png")), "--weights", runs], (mark, third)),

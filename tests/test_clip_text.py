@@ -7,6 +7,7 @@ from PIL import Image
 
 import clip_embed
 from clip_embed import Tokenizer, UserError
+from weights import checkpoints
 
 CORPUS = ["a large red circle", "a small red star above a large blue star", "there is a striped heart", "don't"] * 3
 
@@ -57,9 +58,9 @@ def test_a_caption_over_75_tokens_is_cut_with_a_warning(tokenizer, capsys):
 def test_both_ways_in_for_pictures_agree():
     picture = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    assert torch.allclose(clip_embed.preprocess(picture, 64), clip_embed.preprocess_tensor(tensor, 64), atol=1e-5)
-    assert (clip_embed.preprocess(picture, 32) - clip_embed.preprocess_tensor(tensor, 32)).abs().mean() < 0.02
-    grey = clip_embed.preprocess(Image.new("RGB", (100, 30), (128, 128, 128)), 8)[0]
+    assert torch.allclose(clip_embed.preprocess(clip_embed.to_square(picture, 64), 64), clip_embed.preprocess(tensor, 64), atol=1e-5)
+    assert (clip_embed.preprocess(clip_embed.to_square(picture, 32), 32) - clip_embed.preprocess(tensor, 32)).abs().mean() < 0.02
+    grey = clip_embed.preprocess(clip_embed.to_square(Image.new("RGB", (100, 30), (128, 128, 128)), 8), 8)[0]
     assert torch.allclose(grey[0], torch.tensor((128 / 255 - 0.48145466) / 0.26862954), atol=1e-6)
 
 
@@ -152,6 +153,6 @@ def test_half_precision_copy_has_the_same_fingerprint_and_features(tmp_path):
     torch.save(whole | {"model": {k: v.half() for k, v in whole["model"].items()}}, tmp_path / "half.pt")
     (a, _), (b, _) = clip_embed.load_clip(tmp_path / "clip.pt"), clip_embed.load_clip(tmp_path / "half.pt")
     pixels = torch.randn(2, 3, 16, 16)
-    assert clip_embed.fingerprint(a) == clip_embed.fingerprint(b)
+    assert checkpoints.fingerprint(a) == checkpoints.fingerprint(b)
     assert b.logit_scale.dtype == torch.float32
     assert torch.allclose(a.encode_image(pixels), b.encode_image(pixels), atol=5e-3)

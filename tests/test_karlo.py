@@ -15,13 +15,15 @@ import decoder
 import prior
 import sample
 import upsample
-from clip_embed import UserError, read_safetensors
+from clip_embed import UserError
+from weights.published import read_safetensors
 from test_clip_published import close, edit, write_safetensors
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests/fixtures/karlo-tiny"
 sys.path.append(str(ROOT / "weights"))
 import karlo
+from weights import checkpoints, published
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_an_image_tower_beside_the_others_reads_pictures(copy, tmp_path, stack):
         stack["clip"].encode_image(torch.zeros(1, 3, 8, 8))
     sizes = dict(embed_dim=32, image_size=16, vision_patch_size=8, vision_width=16, vision_layers=1, vision_heads=2)
     clip = clip_embed.CLIP(clip_embed.CLIPConfig(**sizes, vocab_size=734, text_width=32, text_heads=4, hidden_act="quick_gelu"))
-    vision = {k: v for k, v in clip_embed.hugging_face(clip.state_dict()).items() if k.startswith("vis")}
+    vision = {k: v for k, v in published.hugging_face(clip.state_dict()).items() if k.startswith("vis")}
     (copy / "image_encoder").mkdir()
     write_safetensors(copy / "image_encoder/model.safetensors", vision)
     (copy / "image_encoder/config.json").write_text(json.dumps({
@@ -162,13 +164,13 @@ def test_an_image_tower_beside_the_others_reads_pictures(copy, tmp_path, stack):
 
     whole = tmp_path / "whole"  # the same towers as one CLIP of Hugging Face's
     shutil.copytree(copy / "tokenizer", whole)
-    write_safetensors(whole / "model.safetensors", clip_embed.hugging_face(ours.state_dict()))
+    write_safetensors(whole / "model.safetensors", published.hugging_face(ours.state_dict()))
     read = lambda part: json.loads((copy / part / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({"projection_dim": 32, "text_config": read("text_encoder"),
                                                    "vision_config": read("image_encoder")}))
     shutil.rmtree(copy / "image_encoder")
     again = karlo.load_towers(copy, whole)[0]
-    assert clip_embed.fingerprint(again) == clip_embed.fingerprint(ours) and not again.config.unit_norm
+    assert checkpoints.fingerprint(again) == checkpoints.fingerprint(ours) and not again.config.unit_norm
     assert karlo.load_towers(copy)[0].visual is None
     damage(copy, "text_encoder", lambda t: t["text_projection.weight"].neg_())
     with pytest.raises(UserError, match="is not the CLIP that Karlo was trained with: tensor text_projection.weight differs"):

@@ -29,8 +29,10 @@ import clip_embed
 import decoder
 import prior
 import upsample
-from clip_embed import CLIP, UserError, load_model, one_line_errors, read_archive, read_json, read_safetensors, reading
-from train import save_atomically
+from clip_embed import CLIP, UserError, one_line_errors
+from weights.checkpoints import fingerprint, load_model, reading, save_atomically
+from weights.published import (NO_WEIGHT, hugging_face, hugging_face_config, read_archive, read_json, read_safetensors,
+                               read_tokenizer)
 
 PARTS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last", "text_encoder", "tokenizer")
 WEIGHTS = [f"{name}{kind}" for name, kind in (("diffusion_pytorch_model", ".safetensors"), ("diffusion_pytorch_model", ".bin"),
@@ -209,13 +211,13 @@ def load_towers(karlo, clip_path=None):
     if len(towers) == 1:
         towers.append({"num_hidden_layers": 0, "hidden_act": towers[0].get("hidden_act", "quick_gelu")})
     both = dict(zip(("text_config", "vision_config"), towers)) | {"projection_dim": towers[0].get("projection_dim", 512)}
-    config = replace(clip_embed.hugging_face_config(karlo / "text_encoder/config.json", both), unit_norm=False)
+    config = replace(hugging_face_config(karlo / "text_encoder/config.json", both), unit_norm=False)
     weights = {name.partition(".")[2]: tensor for folder in folders for name, tensor in read_weights(karlo / folder).items()}
-    weights = {name: tensor for name, tensor in weights.items() if not re.search(clip_embed.NO_WEIGHT, name)}
+    weights = {name: tensor for name, tensor in weights.items() if not re.search(NO_WEIGHT, name)}
     if clip_path:
         other, _ = clip_embed.load_clip(clip_path, karlo / "tokenizer/merges.txt")
         config = replace(other.config, unit_norm=False)
-        theirs = clip_embed.hugging_face(other.state_dict())
+        theirs = hugging_face(other.state_dict())
         for name, tensor in weights.items():
             same = name in theirs and tensor.shape == theirs[name].shape
             if not same or not torch.allclose(tensor.float(), theirs[name], atol=1e-2):
@@ -223,8 +225,8 @@ def load_towers(karlo, clip_path=None):
         weights |= {name: tensor for name, tensor in theirs.items() if name.startswith("vis")}
     weights["logit_scale"] = torch.tensor(math.log(100))  # CLIP's own; neither tower has it
     clip = load_model(CLIP, clip_embed.CLIPConfig, {"stage": "clip", "config": vars(config), "model": weights}, karlo,
-                      clip_embed.hugging_face)
-    return clip, clip_embed.read_tokenizer(karlo / "tokenizer", config)
+                      hugging_face)
+    return clip, read_tokenizer(karlo / "tokenizer", config)
 
 
 def convert(karlo, out, clip_path=None):
@@ -242,7 +244,7 @@ def convert(karlo, out, clip_path=None):
         dtype = next(iter(read_weights(karlo / folder).values())).dtype
         if stage == "clip":
             model, tokenizer = load_towers(karlo, clip_path)
-            mark, more = clip_embed.fingerprint(model), {"merges": [" ".join(pair) for pair in tokenizer.merges]}
+            mark, more = fingerprint(model), {"merges": [" ".join(pair) for pair in tokenizer.merges]}
         else:
             model, more = build(karlo), {"clip": mark}
         path = out / f"{stage}.pt"
@@ -252,9 +254,8 @@ def convert(karlo, out, clip_path=None):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Convert Karlo, the public unCLIP, from the diffusers layout to checkpoints for "
-                                     "sample.py --weights. Nothing is downloaded: the README says where it is published.")
+                                     "sample.py --weights. Nothing is downloaded: docs/weights.md says where it is published.")
     parser.add_argument("karlo", type=Path, metavar="KARLO", help=f"folder with {', '.join(PARTS)}; and image_encoder, "
                         "if manipulate.py is to read pictures")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for clip.pt, prior.pt, decoder.pt and upsample-256.pt")

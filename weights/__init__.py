@@ -1,0 +1,1 @@
+"""The shipped weights, and the reading of checkpoints and of weights published by others."""

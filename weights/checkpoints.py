@@ -1,0 +1,187 @@
+"""Checkpoints: read, checked, saved whole, exported.
+
+A checkpoint is torch.save of {"stage": its name, "config": its fields, "model": its state_dict, …}.
+Files from others are hostile until read: only tensors are unpickled (weights_only), and every name,
+shape and value is checked before it moves into a network.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+
+import torch
+
+from clip_embed import UserError
+
+@contextlib.contextmanager
+def reading(path, expected, kind="checkpoint"):
+    """Turn any error of reading a foreign file (zip, json, pickle, torch) into one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected {expected}") from None
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"{error} is missing or unknown"
+        reason = reason.splitlines()[0][:120]
+        raise UserError(f"{path}: damaged, or no {kind} ({reason}); expected {expected}") from None
+
+
+def read_checkpoint(path, stage, mmap=False, clip=None, writer=None):
+    """The dictionary in a checkpoint file of a stage. Raises UserError.
+
+    mmap: leave tensors on the disk until they are used. clip: (fingerprint, path) of the CLIP that
+    the checkpoint must belong to. writer: the command that writes such files, if not train.py.
+    """
+    writer = writer or f"train.py {stage}"
+    with reading(path, f"the {stage} checkpoint that `python {writer}` writes"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    parts = {"stage": str, "config": dict, "model": dict}
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
+                                                   for name, kind in parts.items()):
+        raise UserError(f"{path}: holds no stage, config and model; expected a {stage} checkpoint")
+    if checkpoint["stage"] != stage:
+        raise UserError(f"{path}: is a {checkpoint['stage']!r} checkpoint, expected {stage!r}")
+    if clip and checkpoint.get("clip", clip[0]) != clip[0]:
+        raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, "
+                        f"but {clip[1]} is CLIP {clip[0]}")
+    return checkpoint
+
+
+def config_of(config_class, checkpoint, path):
+    """A checkpoint's config as a dataclass, its fields and numbers checked. Raises UserError.
+
+    A missing field takes its default: the file may be older than the field.
+    """
+    default = vars(config_class())
+    config = default | checkpoint["config"]
+    if config.keys() != default.keys():
+        raise UserError(f"{path}: its config has the fields {[*config]}, expected {[*default]}")
+    for field, value in config.items():
+        counts_layers = "layers" in field or field == "depth"
+        most = len(checkpoint["model"]) if counts_layers else 1 << 20  # no more layers than tensors
+        for n in value if isinstance(value, tuple) else (value,):
+            if isinstance(n, int) and not 0 <= n <= most:
+                raise UserError(f"{path}: its config says {field} = {value}, "
+                                f"a number outside 0…{most}")
+    return config_class(**config)
+
+
+def check_tensors(want, have, stage, path):
+    """Raise UserError unless `have` holds the tensors of `want`: names, shapes, finite values."""
+    for name in want | have:
+        if name not in have:
+            raise UserError(f"{path}: tensor {name} is missing, "
+                            f"expected shape {tuple(want[name].shape)}")
+        if name not in want:
+            raise UserError(f"{path}: tensor {name} is surplus, the {stage} has none of that name")
+        shape = tuple(getattr(have[name], "shape", ()))
+        if not isinstance(have[name], torch.Tensor) or shape != tuple(want[name].shape):
+            raise UserError(f"{path}: tensor {name} has shape {shape}, "
+                            f"expected {tuple(want[name].shape)}")
+        if not torch.isfinite(have[name]).all():
+            raise UserError(f"{path}: tensor {name} holds values that are not finite "
+                            "(NaN or infinity)")
+
+
+def load_model(build, config_class, checkpoint, path, layout=dict):
+    """A stage's network with a checkpoint's weights, float32, in eval mode. Raises UserError.
+
+    The network is built on the meta device, which allocates nothing; memory is taken only after
+    every tensor is checked. layout: gives the network's state_dict the names and orientations of
+    the file, as views (published.hugging_face is one).
+    """
+    config = config_of(config_class, checkpoint, path)
+    try:
+        with torch.device("meta"):
+            model = build(config)
+    except Exception as error:  # a foreign config can be wrong in any way
+        raise UserError(f"{path}: no network can be built from its config ({error})") from None
+    have = checkpoint["model"]
+    check_tensors(layout(model.state_dict()), have, checkpoint["stage"], path)
+    model.to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in layout(model.state_dict()).items():
+        parameter.copy_(have.pop(name))  # popped: a large tensor is never in memory twice
+    return model.eval()
+
+
+def fingerprint(clip):
+    """Sixteen hex digits that name a CLIP by its weights, the same for its half-precision copy."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().half().flatten().numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_atomically(content, path):
+    """torch.save beside the file, then rename: a crash or a full disk leaves the old file whole.
+
+    Raises UserError.
+    """
+    beside = path.with_suffix(".part")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        beside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: could not be written ({reason}); what was there before still is: "
+                        "make room, and if this was training go on with --resume") from None
+
+
+def same_sizes(saved, config):
+    """Whether two configs, as dictionaries, describe one network; sampling's fields are left out."""
+    differing = {k for k in saved | config if saved.get(k) != config.get(k)}
+    return differing <= {"guidance", "steps", "candidates", "enough"}
+
+
+def training_state(checkpoint, config, settings, path):
+    """The training state of a checkpoint, for a training of `config` with the same settings.
+
+    settings: the seed, the data's mark, CLIP's fingerprint, … Raises UserError if a training cannot
+    go on from it.
+    """
+    state = checkpoint.get("training")
+    if state is None:
+        raise UserError(f"{path}: cannot be resumed, it has no optimizer state")
+    if not same_sizes(checkpoint["config"], vars(config)):
+        raise UserError(f"{path}: cannot be resumed, it has other sizes")
+    was = state.get("extra", {name: checkpoint.get(name) for name in settings})
+    was = was | {"seed": state["seed"]}
+    for name in was | settings:
+        if was.get(name) != settings.get(name):
+            raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
+                            f"{was.get(name)!s:.40}, not {settings.get(name)!s:.40}")
+    return state
+
+
+def export(runs, folder, stages):
+    """Copy a run's checkpoints of `stages` to `folder` in half precision, without training state.
+
+    Stages that are not trained yet are left out, but CLIP must be there. Raises UserError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        path = runs / f"{stage}.pt"
+        if stage != "clip" and not path.exists():
+            print(f"{path}: not trained yet, left out", file=sys.stderr)
+            continue
+        checkpoint = read_checkpoint(path, stage)
+        training = checkpoint.pop("training", None)
+        if training is None:
+            raise UserError(f"{path}: has no training state, it is an export already")
+        for name, tensor in checkpoint["model"].items():
+            if stage != "clip":  # bfloat16's digits compress better; CLIP's name is its fingerprint
+                tensor = tensor.bfloat16()
+            checkpoint["model"][name] = tensor.half()
+        checkpoint["trained"] = {k: training[k] for k in ("step", "recipe", "seed")}
+        save_atomically(checkpoint, folder / f"{stage}.pt")
+        print(folder / f"{stage}.pt")
