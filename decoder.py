@@ -1,25 +1,22 @@
 """The decoder: a 64×64 picture from a CLIP image embedding and, optionally, its caption (§2.1).
 
-In:   z_i (B, d) unit-norm, or zeros for none; a caption as CLIP read it, {"tokens" (B, L), "states" (B, L, text_width),
-      "z_t" (B, d), "mask" (B, L)}
+In:   z_i (B, d) unit-norm, or zeros; captions as clip_embed.encode_captions gives them
 Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM inversion finds
 
-A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also looks at a context, here the
-caption's states and four tokens made from z_i; z_i is added to the timestep embedding too. It predicts the noise ε and, with
-a second set of channels, the variance of each step (Improved DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb.
-In training z_i is dropped 10% of the time and the caption 50% of the time, so that sampling can be guided:
-ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
+A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also sees a
+context: the caption's states and four tokens made from z_i. z_i is added to the timestep
+embedding too. The network predicts the noise ε and each step's variance (Improved DDPM). The
+objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and
+the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
-The sampler takes every n-th of the 1000 steps, ancestral with the learned variance (the paper's), or DDIM with any η; DDIM
-run backwards gives x_T, and the pair (z_i, x_T) is the picture's whole code (§3).
+Sampling is ancestral with the learned variance (the paper's), or DDIM. DDIM run backwards gives
+x_T, and (z_i, x_T) is the whole code of a picture (§3).
 
-Where the paper is silent, ours: padding is masked (GLIDE learns a padding embedding instead), so that what lies beyond the
-longest caption of a batch can be cut off; z_i enters times √d, so that its coordinates are of order 1; sampling starts below
-t = 999 (top_step); inversion starts with a little noise (invert). The `shapes` preset's network, made for a laptop's CPU, folds
-pixels into channels (`patch_size`, 1 in the paper), is told where they lie (`coordinates`), and puts out a velocity, from which
-ε follows (eps_from_velocity).
+Not in the paper: padding is masked; z_i enters times √d; sampling starts below t = 999 (top_step);
+inversion starts with a little noise (invert). The small `shapes` network folds pixels into channels
+(`patch_size`), is given their `coordinates`, and predicts a velocity (eps_from_velocity).
 
-    python decoder.py picture.png            # picture → z_i and x_T → picture again, and three variations
+    python decoder.py picture.png            # picture → z_i and x_T → picture, and three variations
 """
 
 import argparse
@@ -40,25 +37,26 @@ class DecoderConfig:
     image_size: int = 64
     patch_size: int = 1
     channels: int = 512
-    depth: int = 3                        # residual blocks a level
-    multiples: tuple = (1, 2, 3, 4)       # channels of each level, in units of `channels`
-    attention: tuple = (32, 16, 8)        # the resolutions that attend, after patching
+    depth: int = 3                   # residual blocks a level
+    multiples: tuple = (1, 2, 3, 4)  # channels of each level, in units of `channels`
+    attention: tuple = (32, 16, 8)   # the resolutions that attend, after patching
     head_channels: int = 64
     norm_groups: int = 32
     dropout: float = 0.1
-    coordinates: bool = False             # whether the network is told where each pixel lies (ours; see Decoder.forward)
-    scale_shift: bool = True              # ADM's blocks; False: the timestep's embedding is only added
-    prediction: str = "eps"               # what the network puts out; "velocity": see eps_from_velocity
-    top_signal: float = 0.015             # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
-    guidance: float = 2.0                 # of sampling (Karlo: 8)
-    steps: int = 50                       # of sampling (the paper: 250; Karlo: 25)
-    candidates: int = 1                   # pictures that sample.py draws at most, for one that fits the caption
-    float32: bool = False                 # sample with ᾱ rounded to that, as the library that runs Karlo does
-    embed_dim: int = 1024                 # d of z_i and z_t
-    unit_norm: bool = True                # of z_i and z_t; False: both at CLIP's own norm, a learned vector for no z_i (Karlo)
-    z_i_tokens: int = 4                   # context tokens made from z_i
-    clip_text_width: int = 1024           # width of CLIP's text states
-    text_layers: int = 24                 # the caption's own transformer; 0: CLIP's states straight in
+    coordinates: bool = False        # give the network each pixel's place (not in the paper)
+    scale_shift: bool = True         # ADM's blocks; False: the timestep embedding is only added
+    prediction: str = "eps"          # or "velocity" (eps_from_velocity)
+    top_signal: float = 0.015        # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
+    guidance: float = 2.0            # of sampling (Karlo: 8)
+    steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
+    candidates: int = 1              # pictures that sample.py draws at most for one
+    enough: float = 1.2              # surprise below which it keeps a candidate at once
+    float32: bool = False            # sample with ᾱ rounded, as Karlo's library does
+    embed_dim: int = 1024            # d of z_i and z_t
+    unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
+    z_i_tokens: int = 4              # context tokens made from z_i
+    clip_text_width: int = 1024      # width of CLIP's text states
+    text_layers: int = 24            # the caption's own transformer; 0: CLIP's states straight in
     text_width: int = 2048
     text_heads: int = 32
     text_context: int = 256
@@ -66,20 +64,22 @@ class DecoderConfig:
 
 
 PRESETS = {
-    "shapes": DecoderConfig(patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-                            dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=8, embed_dim=128,
-                            clip_text_width=128, text_layers=2, text_width=128, text_heads=2, text_context=77),
-    "laptop": DecoderConfig(channels=128, depth=2, multiples=(1, 2, 3, 4), embed_dim=512, clip_text_width=512,
+    "shapes": DecoderConfig(
+        patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
+        dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=8,
+        embed_dim=128, clip_text_width=128, text_layers=2, text_width=128, text_heads=2,
+        text_context=77),
+    "laptop": DecoderConfig(channels=128, depth=2, embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
     "paper": DecoderConfig(steps=250),
 }
 
 
-# ----------------------------------------------------------------------------- Gaussian diffusion
+# ------------------------------ Gaussian diffusion
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17; β clipped at 0.999)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule, β ≤ 0.999 (Improved DDPM eq. 17)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -91,7 +91,7 @@ def at(values, t, x):
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
-    """x_t ~ q(x_t|x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), made from the noise eps (DDPM eq. 4). t (B,) int64."""
+    """x_t ~ q(x_t|x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) from the noise eps (DDPM eq. 4). t (B,) int64."""
     return at(alphas_cumprod.sqrt(), t, x_0) * x_0 + at((1 - alphas_cumprod).sqrt(), t, x_0) * eps
 
 
@@ -103,8 +103,7 @@ def predict_x_0(x_t, eps, alpha):
 def posterior(alpha_t, alpha_s):
     """q(x_s|x_t, x_0) for s before t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
 
-    alpha_t, alpha_s are ᾱ at the two steps, floats or tensors; neighbours or strides apart alike, since a strided
-    chain is the chain whose β are recomputed from the ᾱ it keeps (Improved DDPM §4).
+    alpha_t, alpha_s: ᾱ at the two steps, floats or tensors, at any stride (Improved DDPM §4).
     """
     beta = 1 - alpha_t / alpha_s
     from_x_0 = alpha_s ** 0.5 * beta / (1 - alpha_t)
@@ -113,29 +112,28 @@ def posterior(alpha_t, alpha_s):
 
 
 def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
-    """(mean, deviation) of x_s given x_t, of which x_0 and eps are the estimates, by DDIM with η (DDIM eqs. 12, 16).
+    """(mean, deviation) of x_s from the estimates x_0 and eps, by DDIM with η (DDIM eqs. 12, 16).
 
-    alpha_t, alpha_s are ᾱ at the two steps, floats. η = 0 draws nothing; η = 1 draws as much as the posterior does.
+    alpha_t, alpha_s: ᾱ at the two steps, floats. η = 0 draws nothing, η = 1 as much as DDPM.
     """
     deviation = eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))
     return math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps, deviation
 
 
 def learned_log_variance(v, beta, beta_tilde):
-    """log Σ = v log β + (1 − v) log β̃ (§2.1; Improved DDPM eq. 15); beta, beta_tilde tensors that broadcast with v."""
+    """log Σ = v log β + (1 − v) log β̃ (§2.1; Improved DDPM eq. 15); tensors that broadcast."""
     return v * torch.log(beta) + (1 - v) * torch.log(beta_tilde)
 
 
 def eps_from_velocity(x_t, velocity, alpha_t):
-    """ε = √ᾱ_t velocity + √(1−ᾱ_t) x_t, for a network that predicts velocity = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022, §4).
+    """ε = √ᾱ_t v + √(1−ᾱ_t) x_t of a predicted velocity v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022).
 
-    The paper's networks predict ε, which takes long to learn finely enough: at high noise an error in ε is multiplied by
-    √(1−ᾱ)/√ᾱ in x̂_0, one in the velocity only by √(1−ᾱ). The `shapes` presets, trained for minutes, predict this instead.
+    Not in the paper. An error in ε is multiplied by √(1−ᾱ)/√ᾱ in x̂_0, one in v only by √(1−ᾱ).
     """
     return alpha_t.sqrt() * velocity + (1 - alpha_t).sqrt() * x_t
 
 
-# ----------------------------------------------------------------------------- the U-Net (ADM, guided-diffusion)
+# ------------------------------ the U-Net (ADM, guided-diffusion)
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -152,22 +150,25 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block (§2.1); the embedding scales and shifts the second norm, or, without scale_shift, is added before
-    it; `resample` halves or doubles the side."""
+    """ADM's residual block; the embedding scales and shifts the second norm, or is added before it
+    (scale_shift). `resample` halves ("down") or doubles ("up") the side (§2.1)."""
 
-    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift, resample=None):
+    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift,
+                 resample=None):
         super().__init__()
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        changes = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}
+        self.resample = changes.get(resample, nn.Identity())
         self.in_norm = nn.GroupNorm(groups, channels)
         self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels)
         self.out_norm = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.out_conv = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        same = channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
-        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H, W), H and W halved or doubled by `resample`."""
+        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H', W')."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
         if emb.shape[1] == h.shape[1]:
@@ -179,7 +180,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the picture's positions, with the context's keys and values before the picture's (§2.1; GLIDE)."""
+    """Self-attention, the context's keys and values before the picture's own (§2.1; GLIDE)."""
 
     def __init__(self, channels, head_channels, context_width, groups):
         super().__init__()
@@ -192,30 +193,32 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, context, mask):
-        """x (B, C, H, W), context (B, L, context_width), mask (B, L + H·W) True where a key may be looked at."""
-        B, C, H, W = x.shape
+        """x (B, C, H, W), context (B, L, context_width), mask (B, L + H·W): the visible keys."""
+        H, W = x.shape[2:]
         q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, -1)  # (B, H·W, C) each
         context_k, context_v = self.context_kv(context).chunk(2, -1)
         k, v = torch.cat([context_k, k], 1), torch.cat([context_v, v], 1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, nh, ·, hs)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        return x + self.proj_out(y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (H, W))
+        y = self.proj_out(y.transpose(1, 2).flatten(2))  # (B, H·W, C)
+        return x + y.transpose(1, 2).unflatten(2, (H, W))
 
 
 class TextTransformer(nn.Module):
-    """The caption's own transformer (§2.1; GLIDE): bidirectional over tokens, padding masked (ours)."""
+    """The caption's own transformer: bidirectional over tokens, padding masked (§2.1; GLIDE)."""
 
     def __init__(self, config):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.text_context, config.text_width))  # as large as the tokens'
-        layer = lambda: nn.TransformerEncoderLayer(config.text_width, config.text_heads, 4 * config.text_width, 0.0, "gelu",
-                                                   batch_first=True, norm_first=True)
-        self.layers = nn.ModuleList(layer() for _ in range(config.text_layers))
+        places = torch.randn(config.text_context, config.text_width)  # as large as the tokens'
+        self.positional_embedding = nn.Parameter(places)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
+            config.text_width, config.text_heads, 4 * config.text_width, 0.0, "gelu",
+            batch_first=True, norm_first=True) for _ in range(config.text_layers))
         self.norm = nn.LayerNorm(config.text_width)
 
     def forward(self, tokens, mask):
-        """tokens (B, L), mask (B, L) True on real ones → states (B, L, text_width)."""
+        """tokens (B, L), mask (B, L) True on real tokens → states (B, L, text_width)."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
@@ -223,31 +226,37 @@ class TextTransformer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The U-Net, z_i injected twice (§2.1): (x_t, t, z_i, text) → (ε, v), both (B, 3, H, W); v is 0 for the variance β̃ and 1
-    for β, unconstrained."""
+    """The U-Net, z_i injected twice: (x_t, t, z_i, text) → (ε, v), (B, 3, H, W) each (§2.1)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         emb = 4 * c.channels
         self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.z_i_to_emb = nn.Linear(c.embed_dim, emb)                                    # first injection of z_i (§2.1)
-        self.z_i_to_context = nn.Linear(c.embed_dim, c.z_i_tokens * c.text_width)        # second: four extra tokens
+        self.z_i_to_emb = nn.Linear(c.embed_dim, emb)  # first injection of z_i (§2.1)
+        self.z_i_to_context = nn.Linear(c.embed_dim, c.z_i_tokens * c.text_width)  # second
         if not c.unit_norm:
             self.null_z_i = nn.Parameter(torch.zeros(c.embed_dim))
         if c.text_layers:
             self.text = TextTransformer(c)
             self.text_to_emb = nn.Linear(c.text_width, emb)
         else:
-            self.text = nn.Sequential(nn.Linear(c.clip_text_width, c.text_width), nn.LayerNorm(c.text_width))
+            self.text = nn.Sequential(nn.Linear(c.clip_text_width, c.text_width),
+                                      nn.LayerNorm(c.text_width))
             self.text_to_emb = nn.Linear(c.embed_dim, emb)
 
-        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout, scale_shift=c.scale_shift)
-        attend = partial(AttentionBlock, head_channels=c.head_channels, context_width=c.text_width, groups=c.norm_groups)
-        level = lambda channels, out_channels, side: nn.ModuleList(
-            [res(channels, out_channels)] + ([attend(out_channels)] if side in c.attention else []))
-        side, widths = c.image_size // c.patch_size, [c.channels * c.multiples[0]]  # widths: of each skip connection
-        self.conv_in = nn.Conv2d(3 * c.patch_size ** 2 + 2 * c.coordinates, widths[0], 3, padding=1)
+        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout,
+                      scale_shift=c.scale_shift)
+        attend = partial(AttentionBlock, head_channels=c.head_channels, context_width=c.text_width,
+                         groups=c.norm_groups)
+
+        def level(channels, out_channels, side):
+            attention = [attend(out_channels)] if side in c.attention else []
+            return nn.ModuleList([res(channels, out_channels), *attention])
+
+        side, pixel = c.image_size // c.patch_size, c.patch_size ** 2
+        widths = [c.channels * c.multiples[0]]  # of each skip connection
+        self.conv_in = nn.Conv2d(3 * pixel + 2 * c.coordinates, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
@@ -267,41 +276,48 @@ class Decoder(nn.Module):
                 self.up[-1].append(res(width, width, resample="up"))
                 side *= 2
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
-        self.conv_out = zero(nn.Conv2d(width, 6 * c.patch_size ** 2, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(width, 6 * pixel, 3, padding=1))
 
     def inject(self, emb, z_i, states, mask):
-        """The two ways in of z_i (B, d), already at the network's scale (§2.1): added to emb (B, 4 · channels), and as four tokens
-        before the caption's states (B, L, text_width). Returns (emb, context (B, 4 + L, text_width), its mask (B, 4 + L))."""
+        """Both injections of z_i (B, d), already times √d: (emb, context, mask) (§2.1).
+
+        z_i is added to emb (B, 4 · channels), and becomes four tokens before the caption's states
+        (B, L, text_width): context is (B, 4 + L, text_width), mask (B, 4 + L).
+        """
         tokens = self.z_i_to_context(z_i).unflatten(1, (self.config.z_i_tokens, -1))
-        mask = F.pad(mask, (self.config.z_i_tokens, 0), value=True)  # the four can always be looked at
+        mask = F.pad(mask, (self.config.z_i_tokens, 0), value=True)  # the four are always visible
         return emb + self.z_i_to_emb(z_i), torch.cat([tokens, states], 1), mask
 
     def forward(self, x_t, t, z_i, text):
-        """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text {"tokens", "states", "z_t", "mask"} of B captions."""
+        """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text of B captions → (ε, v)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
         norm = math.sqrt(c.embed_dim) if c.unit_norm else 1
-        z_i = norm * (z_i if c.unit_norm else torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i))
+        if not c.unit_norm:
+            z_i = torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
-            caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]  # read at the end token
+            end = mask.sum(1) - 1
+            caption = states[torch.arange(len(states), device=t.device), end]
         else:
             states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
-        emb, context, mask = self.inject(emb + self.text_to_emb(caption), z_i, states, mask)
+        emb, context, mask = self.inject(emb + self.text_to_emb(caption), norm * z_i, states, mask)
 
         def run(blocks, h):
             for block in blocks:
                 if isinstance(block, AttentionBlock):
-                    h = block(h, context, F.pad(mask, (0, h.shape[2] * h.shape[3]), value=True))
+                    visible = F.pad(mask, (0, h.shape[2] * h.shape[3]), value=True)
+                    h = block(h, context, visible)
                 else:
                     h = block(h, emb)
             return h
 
         h = F.pixel_unshuffle(x_t, c.patch_size)
-        if c.coordinates:  # ADM's deep networks find out from their padding where left is; a small one takes long to
-            places = torch.meshgrid(*(torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:]), indexing="ij")
-            h = torch.cat([h, torch.stack(places).expand(len(h), -1, -1, -1)], 1)
+        if c.coordinates:  # deep networks infer places from their padding; a small one hardly
+            lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
+            places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
+            h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)
         h = self.conv_in(h)  # (B, channels, H / patch_size, W / patch_size)
         skips = [h]
         for blocks in self.down:
@@ -317,16 +333,17 @@ class Decoder(nn.Module):
         return eps, (v + 1) / 2
 
 
-# ----------------------------------------------------------------------------- training
+# ------------------------------ training
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats, elementwise."""
-    return 0.5 * (log_variance_2 - log_variance_1 - 1 + torch.exp(log_variance_1 - log_variance_2)
-                  + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
+    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats."""
+    log_ratio = log_variance_1 - log_variance_2
+    distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
+    return 0.5 * (torch.exp(log_ratio) - log_ratio - 1 + distance)
 
 
 def discretized_log_likelihood(x, mean, log_variance):
-    """log-probability of an 8-bit pixel x in [-1, 1] under a Gaussian cut into 256 bins (DDPM eq. 13), elementwise."""
+    """log-probability of 8-bit pixels x in [-1, 1] under a Gaussian in 256 bins (DDPM eq. 13)."""
     scale = torch.exp(-0.5 * log_variance)
     upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
     inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
@@ -335,16 +352,17 @@ def discretized_log_likelihood(x, mean, log_variance):
 
 
 def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
-    """The t-th term of the bound L_vlb in bits per dimension, (B,): a KL, or at t = 0 the likelihood (§2.1; DDPM eq. 5).
+    """The t-th term of the bound L_vlb in bits per dimension, (B,) (§2.1; DDPM eq. 5).
 
-    eps and v are the network's; x̂_0 is clamped as it will be in sampling. At t = 0, where β̃ is 0, the next smallest β̃
-    takes its place, as in Improved DDPM's code.
+    A KL divergence, or at t = 0 the likelihood, for which the next β̃ replaces β̃_0 = 0, as in
+    Improved DDPM's code. eps, v: the network's. x̂_0 is clamped as in sampling.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
-    beta, beta_tilde = 1 - alphas_cumprod / before, beta_tilde.clamp(min=float(beta_tilde[1]))
-    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (
-        at(c, t, x_0) for c in (from_x_0, from_x_t, beta, beta_tilde, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
+    beta_tilde = beta_tilde.clamp(min=float(beta_tilde[1]))
+    signal, noise = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (at(values, t, x_0) for values in (
+        from_x_0, from_x_t, 1 - alphas_cumprod / before, beta_tilde, signal, noise))
     log_variance = learned_log_variance(v, beta, beta_tilde)
     estimate = ((x_t - noise * eps) / signal).clamp(-1, 1)
     true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
@@ -358,105 +376,108 @@ def drop_text(text, null, drop):
     return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
 
 
-def decoder_loss(model, x_0, z_i, text, null, drop_z_i=0.1, drop_caption=0.5):
-    """L_simple + 0.001 L_vlb of a batch (§2.1; Improved DDPM eq. 16), with both conditions dropped at random.
+def randn(generators, shape, device):
+    """Noise (B, …), row k from generators[k] (on the CPU): the same alone or in a batch."""
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
-    x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty caption. The bound trains only
-    the variance: its mean is detached. Each of its terms stands for all T, hence T · 0.001.
+
+def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_caption=0.5):
+    """L_simple + 0.001 L_vlb, both conditions dropped at random (§2.1; Improved DDPM eq. 16).
+
+    x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty one, generators:
+    one torch.Generator a row. The bound trains only the variance; each term stands for all T.
     """
-    alphas_cumprod = cosine_schedule()
-    T, B = len(alphas_cumprod), len(x_0)
-    t = torch.randint(T, (B,)).to(x_0.device)  # drawn on the CPU: the same numbers on every device
-    noise = torch.randn(x_0.shape).to(x_0.device)
-    drop = torch.rand(B, 2).to(x_0.device)
+    alphas_cumprod, T, device = cosine_schedule(), 1000, x_0.device
+    t = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
+    noise = randn(generators, x_0.shape, device)
+    drop = torch.stack([torch.rand(2, generator=g) for g in generators]).to(device)
     x_t = q_sample(x_0, t, noise, alphas_cumprod)
     z_i = torch.where(drop[:, :1] < drop_z_i, torch.zeros_like(z_i), z_i)
     eps, v = model(x_t, t, z_i, drop_text(text, null, drop[:, 1] < drop_caption))
-    weight = 1 / at(alphas_cumprod, t, eps) if model.config.prediction == "velocity" else 1  # ‖Δε‖²/ᾱ is ‖Δvelocity‖²
-    simple = (weight * (eps - noise) ** 2).mean()
-    return simple + 0.001 * T * vlb_term(x_0, x_t, t, eps.detach(), v, alphas_cumprod).mean()
+    simple = (eps - noise) ** 2
+    if model.config.prediction == "velocity":
+        simple = simple / at(alphas_cumprod, t, eps)  # ‖Δε‖²/ᾱ is ‖Δvelocity‖²
+    vlb = vlb_term(x_0, x_t, t, eps.detach(), v, alphas_cumprod)
+    return simple.mean() + 0.001 * T * vlb.mean()
 
 
-# ----------------------------------------------------------------------------- sampling
+# ------------------------------ sampling
 
 def ladder(steps, top):
-    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced (§2.1, §2.2; Improved
-    DDPM §4). Raises ValueError."""
+    """A sampler's timesteps, ascending, evenly spaced from 0 to `top` (Improved DDPM §4).
+
+    One step is [top]. Raises ValueError.
+    """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+    rungs = torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist()
+    return rungs if steps > 1 else [top]
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep that still holds the share `signal` of x_0: the largest t with √ᾱ_t ≥ signal (§2.1; ours).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (not in the paper).
 
-    Samplers of ε-predictors start here, not at T − 1: there √ᾱ is 5e-5 in the cosine schedule, and
-    x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0, which is a colour cast where x̂_0 is clamped and
-    a lost picture where it is inverted. What the starting noise lacks of the signal is small beside the noise.
+    At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
     return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
 
 
-def randn(generators, shape, device):
-    """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-
-
 def guided(model, x_t, t, z_i, text, null, guidance_scale):
-    """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5). w = 1 is none.
+    """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5).
 
-    What growing w does to the pictures is the subject of §5.3, figs. 9–11. t is an integer; null: the empty caption, one row.
+    w = 1 is no guidance (figs. 9–11 show its effect). t: an integer; null: the empty caption.
     """
     t = torch.full((len(x_t),), t, device=x_t.device)
     if guidance_scale == 1:
         return model(x_t, t, z_i, text)
     both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
-    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([z_i, torch.zeros_like(z_i)]), both)  # (2B, 3, H, W) each
+    z_i = torch.cat([z_i, torch.zeros_like(z_i)])
+    eps, v = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), z_i, both)  # (2B, 3, H, W) each
     given, free = eps.chunk(2)
     return free + guidance_scale * (given - free), v[:len(x_t)]
 
 
 @torch.no_grad()
-def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, eta=None, x_T=None, clamp=True, bar=False):
+def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, eta=None, x_T=None,
+           clamp=True, bar=False):
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
-    generators: one torch.Generator a picture; guidance and steps are the config's where None. eta None is ancestral sampling
-    with the learned variance (the paper: 250 steps); a number is DDIM with that η (DDIM eqs. 12, 16), deterministic at 0. x_T:
-    start from this noise and take its inversion's steps. clamp: hold x̂_0 in [-1, 1]; switch it off to decode an inverted x_T.
+    generators: one torch.Generator a picture; guidance and steps are the config's if None. eta:
+    None for ancestral sampling with the learned variance, a number for DDIM with that η. x_T: start
+    from this noise, on its inversion's steps, with clamp=False: x̂_0 is then not held in [-1, 1].
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
-    guidance_scale, steps = c.guidance if guidance_scale is None else guidance_scale, steps or c.steps
-    rungs = ladder(steps, top_step(alphas_cumprod, c.top_signal)) if x_T is None else inversion_ladder(steps)
-    x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device) if x_T is None else x_T
-    for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc="decoder", disable=not bar):
+    guidance_scale = c.guidance if guidance_scale is None else guidance_scale
+    x, rungs = x_T, inversion_ladder(steps or c.steps)
+    if x_T is None:
+        x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device)
+        rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
+    for n in tqdm(reversed(range(len(rungs))), "decoder", len(rungs), disable=not bar):
         alpha_t = alphas_cumprod[rungs[n]]
         alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)
         eps, v = guided(model, x, rungs[n], z_i, text, null, guidance_scale)
         x_0 = predict_x_0(x, eps, float(alpha_t))
         if clamp:
-            x_0 = x_0.clamp(-1, 1)
-            eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())  # the ε that the clamped x̂_0 means
-        if not n:
-            return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # 1; in float32, 0.99947
+            x_0 = x_0.clamp(-1, 1)  # which implies another ε
+            eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())
+        if not n:  # times 1; in float32, times 0.99947
+            return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))
         if eta is None:
-            from_x_0, from_x_t, beta_tilde = (float(factor) for factor in posterior(alpha_t, alpha_s))
-            log_variance = learned_log_variance(v, torch.tensor(float(1 - alpha_t / alpha_s)), torch.tensor(beta_tilde))
-            deviation = torch.exp(0.5 * log_variance)
-            x = from_x_0 * x_0 + from_x_t * x
+            from_x_0, from_x_t, beta_tilde = map(float, posterior(alpha_t, alpha_s))
+            beta = torch.tensor(float(1 - alpha_t / alpha_s))
+            log_variance = learned_log_variance(v, beta, torch.tensor(beta_tilde))
+            x, deviation = from_x_0 * x_0 + from_x_t * x, torch.exp(0.5 * log_variance)
         else:
             x, deviation = ddim_step(x_0, eps, float(alpha_t), float(alpha_s), eta)
         if eta != 0:
             x = x + deviation * randn(generators, x.shape, x.device)
 
 
-# ----------------------------------------------------------------------------- inversion
+# ------------------------------ inversion
 
 def inversion_ladder(steps, noise=0.04):
-    """The timesteps that invert climbs and that sample, given x_T, descends. Raises ValueError.
-
-    From the smallest t with √(1−ᾱ_t) ≥ noise, five of 255 shades (ours; why, says invert), to top_step.
-    """
+    """Inversion's timesteps: from √(1−ᾱ_t) ≥ noise up to top_step. Raises ValueError."""
     alphas_cumprod = cosine_schedule()
     bottom = int(((1 - alphas_cumprod).sqrt() >= noise).nonzero().min())
     return [bottom + t for t in ladder(steps, top_step(alphas_cumprod) - bottom)]
@@ -464,15 +485,12 @@ def inversion_ladder(steps, noise=0.04):
 
 @torch.no_grad()
 def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
-    """x_T (B, 3, H, W): the noise from which DDIM with η = 0, unguided and unclamped, decodes x_0 (§3; DDIM eq. 14).
+    """x_T (B, 3, H, W), from which DDIM with η = 0, unguided, unclamped, decodes x_0 (§3).
 
-    The sampler's last step only takes noise away, so it has many inverses. Ours puts noise in: it starts from
-    x_t ~ q(x_t|x_0) on the lowest rung, drawn from the generators, one a picture. Started at x_0 itself, DDIM meets pictures
-    without noise, as drawn or 8-bit ones are; the network rightly sees none, and the x_T that it ends with has less than a
-    tenth of the variance that noise has. The price is what the decoder loses in taking noise of 0.04 away: about 49 dB are
-    left. x_T is then nearly the noise put in, plus a little in which the rest of the picture is written.
-    Above, the step t → s moves along ε(x_t, t), yet x_t is what is sought: the ε of the rung below gives a first guess
-    of x_t, and ε at the guess gives x_t, for one network call a step.
+    generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
+    (five of 255 shades), at x_t ~ q(x_t|x_0) on the lowest rung. From x_0 itself, where the network
+    predicts no noise, x_T gets less than a tenth of noise's variance. A step s → t needs ε at the
+    unknown x_t (DDIM eq. 14): ε of the rung below gives a guess of x_t, and ε at the guess x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
@@ -481,49 +499,51 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     eps, _ = guided(model, x, rungs[0], z_i, text, None, 1)
     for t in tqdm(rungs[1:], desc="inversion", disable=not bar):
         alpha_t = float(alphas_cumprod[t])
-        climb = lambda eps: math.sqrt(alpha_t) * predict_x_0(x, eps, alpha_s) + math.sqrt(1 - alpha_t) * eps
+
+        def climb(eps):
+            x_0 = predict_x_0(x, eps, alpha_s)
+            return math.sqrt(alpha_t) * x_0 + math.sqrt(1 - alpha_t) * eps
+
         eps, _ = guided(model, climb(eps), t, z_i, text, None, 1)
         x, alpha_s = climb(eps), alpha_t
     return x
 
 
 def main():
-    """The script: what --help says."""
-    here = Path(__file__).parent / "weights/shapes"
     parser = argparse.ArgumentParser(
-        description="Take a picture apart into (z_i, x_T) and put it together again: the strip shows the picture, its "
-        "reconstruction, and three decodings of z_i from fresh noise (§3).")
-    parser.add_argument("picture", help="any picture; it is cropped to a square")
-    parser.add_argument("--caption", default="", help="what it shows (default: nothing, z_i alone)")
-    parser.add_argument("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    parser.add_argument("--steps", type=int, default=50, help="steps each way, and of the fresh ones; more: closer (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--out", type=Path, default=Path("decoder.png"), help="where the strip goes")
+        description="Take a picture apart into (z_i, x_T) and put it together again: a strip of "
+        "picture, reconstruction, and three decodings of z_i from fresh noise (§3).")
+    here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
+    add("picture", help="any picture; it is cropped to a square")
+    add("--caption", default="", help="of the picture (default: none, z_i alone)")
+    add("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
+    add("--steps", type=int, default=50, help="steps each way (default 50)")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--out", type=Path, default=Path("decoder.png"), help="the strip's file")
     args = parser.parse_args()
-    from PIL import Image
     import clip_embed as ce
+    from weights.checkpoints import fingerprint, load_model, read_checkpoint
     with ce.one_line_errors():
-        if not 2 <= args.steps <= 950 or not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
-            raise ce.UserError("--steps must be between 2 and 950, --seed at least 0, and --out end in .png")
-        device = ce.pick_device(args.device)
-        picture = ce.open_picture(args.picture)
+        ce.check_ranges(args, steps=(2, 950), seed=(0, 1 << 48))
+        if args.out.suffix != ".png":
+            raise ce.UserError(f"--out {args.out}: must end in .png")
+        device, picture = ce.pick_device(args.device), ce.open_picture(args.picture)
         path, clip_path = args.weights / "decoder.pt", args.weights / "clip.pt"
         clip, tokenizer = ce.load_clip(clip_path)
-        checkpoint = ce.read_checkpoint(path, "decoder", clip=(ce.fingerprint(clip), clip_path))
-        model = ce.load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
+        checkpoint = read_checkpoint(path, "decoder", clip=(fingerprint(clip), clip_path))
+        model = load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
         x_0 = ce.to_square(picture, model.config.image_size).to(device)
-        z_i = clip.to(device).encode_image(ce.preprocess(picture, clip.config.image_size).to(device))
+        z_i = ce.encode_pictures(clip.to(device), ce.to_square(picture, clip.config.image_size))
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
-        generators = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
-        x_T = invert(model, x_0, z_i, text, generators[:1], args.steps, bar=True)
-        again = sample(model, z_i, text, null, None, 1, args.steps, eta=0, x_T=x_T, clamp=False, bar=True)
+        noise = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
+        x_T = invert(model, x_0, z_i, text, noise[:1], args.steps, bar=True)
+        again = sample(model, z_i, text, null, None, 1, args.steps, 0, x_T, clamp=False, bar=True)
         thrice = {k: v.repeat_interleave(3, 0) for k, v in text.items()}
-        fresh = sample(model, z_i.repeat(3, 1), thrice, null, generators, steps=args.steps, bar=True)
-        strip = torch.cat([x_0, again, fresh]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 5 W, 3), side by side
-        Image.fromarray(((strip + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
-        psnr = -10 * math.log10(float(((x_0 - again) / 2).square().mean()))
-        print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; reconstruction {psnr:.1f} dB; {args.out}")
+        fresh = sample(model, z_i.repeat(3, 1), thrice, null, noise, steps=args.steps, bar=True)
+        ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)
+        print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; "
+              f"reconstruction {ce.psnr(x_0, again):.1f} dB; {args.out}")
 
 
 if __name__ == "__main__":

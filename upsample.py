@@ -1,19 +1,19 @@
 """The two upsamplers: 64×64 → 256×256 → 1024×1024 (§2.1).
 
-In:   low (B, 3, h, h) in [-1, 1], the picture that the stage before made
+In:   low (B, 3, h, h) in [-1, 1], the picture of the stage before
 Out:  images (B, 3, 4h, 4h) in [-1, 1]
 
-Diffusion models P(x|low): the low-resolution picture, enlarged, is concatenated to the noisy one, and an ADM U-Net
-of convolutions alone predicts the noise; the objective (upsampler_loss) is E‖ε − ε(x_t, t, low)‖². They see neither caption
-nor z_i and are not guided. Having no attention, they are trained on random crops a quarter of the side and applied to whole
-pictures. So that they repair what the stage before gets wrong, the condition is damaged in training: a Gaussian blur for the
-first, the BSR mix of blur, resizing, noise and JPEG for the second. Sampling is DDIM, 27 and 15 steps; the first has the
+Diffusion models P(x|low). The low-resolution picture, enlarged, is concatenated to the noisy one,
+and an ADM U-Net of convolutions alone predicts the noise: upsampler_loss is E‖ε − ε(x_t, t, low)‖².
+There is no caption, no z_i and no guidance. Without attention, the networks train on random crops a
+quarter of the side and are applied to whole pictures. The condition is damaged in training, so that
+they repair errors of the stage before: a Gaussian blur for the first; the BSR mix of blur,
+resizing, noise and JPEG for the second. Sampling is DDIM, with 27 and 15 steps. The first has the
 cosine schedule, the second the linear one.
 
-Where the paper is silent, ours: the condition is blurred in half of the crops, so that sharp ones are known too
-(as in cascaded diffusion models); `patch_size` folds pixels into channels, so that a laptop reaches 1024 (1 in the paper);
-the `shapes` presets' networks put out what the enlarged picture lacks, from which ε follows (eps_from_residual); sampling
-starts below t = 999 (top_step).
+Not in the paper: the condition is blurred in half of the crops only; sampling starts below t = 999
+(top_step). The small `shapes` networks fold pixels into channels (`patch_size`) and predict the
+difference from the enlarged picture (eps_from_residual).
 
     python upsample.py picture.png --size 1024
 """
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 @dataclass
 class UpsamplerConfig:
-    """Sizes of the network, and how it is sampled (table 3, columns 64→256 and 256→1024; §2.1)."""
+    """Sizes of the network, and how it is sampled (table 3, 64→256 and 256→1024; §2.1)."""
     low_size: int = 64
     image_size: int = 256
     schedule: str = "cosine"       # or "linear"
@@ -48,36 +48,36 @@ class UpsamplerConfig:
     multiples: tuple = (1, 2, 3, 4)
     norm_groups: int = 32
     dropout: float = 0.1
-    prediction: str = "eps"        # what the network puts out; "residual": see eps_from_residual
-    scale_shift: bool = True       # ADM's blocks; False: the timestep's embedding is only added (Karlo, and the five below)
-    enlarge: str = "bilinear"      # or "bicubic": how the condition is
+    prediction: str = "eps"        # or "residual" (eps_from_residual)
+    scale_shift: bool = True       # ADM's blocks; False: the timestep embedding is only added
+    enlarge: str = "bilinear"      # interpolation of the condition; or "bicubic"
     top_signal: float = 0.015      # √ᾱ where sampling begins (top_step); 0: at t = 999
     eta: float = 0.0               # DDIM's; 1: ancestral, of variance β̃
-    float32: bool = False          # sample with ᾱ rounded to that, as the library that runs Karlo does
-    last: bool = False             # another network of the same sizes takes the last step
+    float32: bool = False          # sample with ᾱ rounded, as Karlo's library does
+    last: bool = False             # a second network for the last step (Karlo)
 
 
 def second(**sizes):
-    """The 256→1024 stage's config: its own schedule, degradation and steps, with the sizes given."""
+    """The 256→1024 stage's config: its own schedule, degradation and steps, with these sizes."""
     return UpsamplerConfig(256, 1024, "linear", "bsr", 15, **sizes)
 
 
+TOY = {"channels": 32, "depth": 1, "multiples": (1, 2, 2), "norm_groups": 8, "dropout": 0.0,
+       "prediction": "residual"}
+DEEP = {"depth": 2, "multiples": (1, 1, 2, 2, 4, 4), "dropout": 0.0}
 PRESETS = {
-    "shapes": {256: UpsamplerConfig(patch_size=2, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0,
-                                    prediction="residual"),
-               1024: second(patch_size=4, channels=32, depth=1, multiples=(1, 2, 2), norm_groups=8, dropout=0.0,
-                            prediction="residual")},
+    "shapes": {256: UpsamplerConfig(patch_size=2, **TOY), 1024: second(patch_size=4, **TOY)},
     "laptop": {256: UpsamplerConfig(channels=96, depth=2),
-               1024: second(channels=48, depth=2, multiples=(1, 1, 2, 2, 4, 4), norm_groups=16, dropout=0.0)},
-    "paper": {256: UpsamplerConfig(), 1024: second(channels=192, depth=2, multiples=(1, 1, 2, 2, 4, 4), dropout=0.0)},
+               1024: second(channels=48, norm_groups=16, **DEEP)},
+    "paper": {256: UpsamplerConfig(), 1024: second(channels=192, **DEEP)},
 }
 
 
-# ----------------------------------------------------------------------------- Gaussian diffusion
+# ------------------------------ Gaussian diffusion
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17; β clipped at 0.999)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule, β ≤ 0.999 (Improved DDPM eq. 17)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -85,7 +85,7 @@ def cosine_schedule(T=1000):
 
 @lru_cache
 def linear_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), for β rising evenly from 1e-4 to 0.02 (table 3; DDPM §4, given for T = 1000)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), for β rising evenly from 1e-4 to 0.02 (table 3; DDPM §4)."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
@@ -98,7 +98,7 @@ def at(values, t, x):
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
-    """x_t ~ q(x_t|x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I), made from the noise eps (DDPM eq. 4). t (B,) int64."""
+    """x_t ~ q(x_t|x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) from the noise eps (DDPM eq. 4). t (B,) int64."""
     return at(alphas_cumprod.sqrt(), t, x_0) * x_0 + at((1 - alphas_cumprod).sqrt(), t, x_0) * eps
 
 
@@ -108,24 +108,24 @@ def predict_x_0(x_t, eps, alpha):
 
 
 def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
-    """(mean, deviation) of x_s given x_t, of which x_0 and eps are the estimates, by DDIM with η (DDIM eqs. 12, 16).
+    """(mean, deviation) of x_s from the estimates x_0 and eps, by DDIM with η (DDIM eqs. 12, 16).
 
-    alpha_t, alpha_s are ᾱ at the two steps, floats. η = 0 draws nothing; η = 1 draws as much as the posterior does.
+    alpha_t, alpha_s: ᾱ at the two steps, floats. η = 0 draws nothing, η = 1 as much as DDPM.
     """
     deviation = eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))
     return math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps, deviation
 
 
 def eps_from_residual(x_t, residual, condition, alpha_t):
-    """The ε that x̂_0 = condition + residual means, for a network that predicts what the enlarged picture lacks. (Ours.)
+    """ε of x̂_0 = condition + residual, for a network that predicts the residual.
 
-    The paper's networks predict ε, which takes long to learn finely enough: trained for minutes, they leave grain all over
-    the picture. The residual is small from the start, so the `shapes` presets predict it instead.
+    Not in the paper: networks that predict ε, trained for minutes, leave grain all over the
+    picture. The residual is small from the start.
     """
     return (x_t - alpha_t.sqrt() * (condition + residual)) / (1 - alpha_t).sqrt()
 
 
-# ----------------------------------------------------------------------------- the U-Net (ADM, convolutions only)
+# ------------------------------ the U-Net (ADM, convolutions only)
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -142,22 +142,25 @@ def zero(module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block (§2.1); the embedding scales and shifts the second norm, or, without scale_shift, is added before
-    it; `resample` halves or doubles the side."""
+    """ADM's residual block; the embedding scales and shifts the second norm, or is added before it
+    (scale_shift). `resample` halves ("down") or doubles ("up") the side (§2.1)."""
 
-    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift, resample=None):
+    def __init__(self, channels, out_channels, emb_channels, groups, dropout, scale_shift,
+                 resample=None):
         super().__init__()
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        changes = {"down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}
+        self.resample = changes.get(resample, nn.Identity())
         self.in_norm = nn.GroupNorm(groups, channels)
         self.in_conv = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, (1 + scale_shift) * out_channels)
         self.out_norm = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.out_conv = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        same = channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
-        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H, W), H and W halved or doubled by `resample`."""
+        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H', W')."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
         if emb.shape[1] == h.shape[1]:
@@ -169,15 +172,15 @@ class ResBlock(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """The U-Net: (x_t, t, low) → ε (B, 3, H, W). No attention, in the middle neither: any size goes in (§2.1)."""
+    """The U-Net: (x_t, t, low) → ε (B, 3, H, W). Convolutions alone, so any size goes in (§2.1)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         emb = 4 * c.channels
-
         self.time_embed = nn.Sequential(nn.Linear(c.channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout, scale_shift=c.scale_shift)
+        res = partial(ResBlock, emb_channels=emb, groups=c.norm_groups, dropout=c.dropout,
+                      scale_shift=c.scale_shift)
         widths = [c.channels * c.multiples[0]]  # of each skip connection
         self.conv_in = nn.Conv2d(6 * c.patch_size ** 2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -194,17 +197,20 @@ class Upsampler(nn.Module):
             for n in range(c.depth + 1):
                 blocks = [res(width + widths.pop(), multiple * c.channels)]
                 width = multiple * c.channels
-                self.up.append(nn.ModuleList(blocks + ([res(width, width, resample="up")] if k and n == c.depth else [])))
+                if k and n == c.depth:
+                    blocks.append(res(width, width, resample="up"))
+                self.up.append(nn.ModuleList(blocks))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
         self.conv_out = zero(nn.Conv2d(width, 3 * c.patch_size ** 2, 3, padding=1))
         if c.last:
             self.last = Upsampler(replace(c, last=False))
 
     def forward(self, x_t, t, low):
-        """x_t (B, 3, H, W), t (B,), low (B, 3, h, h); H a multiple of patch_size · 2^(levels − 1)."""
+        """x_t (B, 3, H, W), t (B,), low (B, 3, h, h); patch_size · 2^(levels − 1) divides H."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge, antialias=c.enlarge == "bicubic")  # (B, 3, H, W)
+        condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge,
+                                  antialias=c.enlarge == "bicubic")  # (B, 3, H, W)
         h = self.conv_in(F.pixel_unshuffle(torch.cat([x_t, condition], 1), c.patch_size))
         skips = [h]
         for block in self.down:
@@ -222,27 +228,29 @@ class Upsampler(nn.Module):
         return eps
 
 
-# ----------------------------------------------------------------------------- training: damaged conditions, crops
+# ------------------------------ training: damaged conditions, crops
 
 def gaussian_blur(images, sigma=0.6):
-    """Blur (B, C, H, W) by a 3×3 Gaussian kernel, its borders mirrored (§2.1; appendix C: kernel 3, σ 0.6)."""
+    """Blur (B, C, H, W) by a 3×3 Gaussian kernel, its borders mirrored (§2.1; appendix C)."""
     kernel = torch.exp(-torch.tensor([-1.0, 0.0, 1.0]) ** 2 / (2 * sigma ** 2))
     kernel = (kernel / kernel.sum()).to(images)
     C = images.shape[1]
-    x = F.conv2d(F.pad(images, (1, 1, 1, 1), "reflect"), kernel.view(1, 1, 1, 3).expand(C, 1, 1, 3), groups=C)
+    x = F.pad(images, (1, 1, 1, 1), "reflect")
+    x = F.conv2d(x, kernel.view(1, 1, 1, 3).expand(C, 1, 1, 3), groups=C)
     return F.conv2d(x, kernel.view(1, 1, 3, 1).expand(C, 1, 3, 1), groups=C)
 
 
 def bsr_degrade(picture, rng):
-    """Damage a Pillow picture as BSRGAN does: blur, down-and-up resizing, noise and JPEG in random order (§2.1).
+    """Damage a Pillow picture as BSRGAN does, its size kept (§2.1).
 
-    rng: a numpy Generator. Of the four, each is applied with probability one half; the strengths are ours, milder in
-    blur and stronger in noise and JPEG than latent diffusion's light variant. The size stays as it is.
+    Blur, down-and-up resizing, noise and JPEG in random order, each with probability one half. rng:
+    a numpy Generator. The strengths are not in the paper: less blur, more noise and JPEG than in
+    latent diffusion's light variant.
     """
     filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
     def blur(p):
-        wide, high = rng.uniform(0.2, 1.2, 2)  # deviations in pixels, along and across: anisotropic
+        wide, high = rng.uniform(0.2, 1.2, 2)  # pixels, along and across: anisotropic
         return p.filter(ImageFilter.GaussianBlur((wide, high)))
 
     def resize(p):
@@ -251,8 +259,8 @@ def bsr_degrade(picture, rng):
 
     def noise(p):
         pixels = np.asarray(p, np.float32)
-        grey = rng.random() < 0.4
-        speckle = rng.normal(0, rng.uniform(1, 8), pixels.shape[:2] + (1 if grey else 3,))
+        channels = 1 if rng.random() < 0.4 else 3
+        speckle = rng.normal(0, rng.uniform(1, 8), (*pixels.shape[:2], channels))
         return Image.fromarray((pixels + speckle).round().clip(0, 255).astype(np.uint8))
 
     def jpeg(p):
@@ -267,10 +275,11 @@ def bsr_degrade(picture, rng):
 
 
 def training_crops(picture, config, rng, count):
-    """`count` aligned pairs from one Pillow picture of image_size: (high, low), uint8 (count, 3, ·, ·) each.
+    """`count` aligned pairs of one Pillow picture: (high, low), uint8 (count, 3, ·, ·) each.
 
-    The low-resolution picture is the area average of the high one; it is damaged whole and then cropped, on its own
-    grid, so that pixel (i, j) of a low crop always lies over pixels (4i … 4i+3, 4j … 4j+3) of the high crop (§2.1).
+    low is the area average of high. It is damaged whole and then cropped on its own grid: pixel
+    (i, j) of a low crop lies over pixels (4i … 4i+3, 4j … 4j+3) of the high crop (§2.1). rng: a
+    numpy Generator.
     """
     factor, side = config.image_size // config.low_size, round(config.low_size * config.crop)
     small = picture.reduce(factor)
@@ -284,51 +293,59 @@ def training_crops(picture, config, rng, count):
             blurred = gaussian_blur(to_tensor(small)[None].float())[0].round().byte()
             damaged = Image.fromarray(blurred.permute(1, 2, 0).numpy())
         x, y = rng.integers(config.low_size - side + 1, size=2).tolist()
-        lows.append(to_tensor(damaged.crop((x, y, x + side, y + side))))
-        highs.append(to_tensor(picture.crop(tuple(factor * v for v in (x, y, x + side, y + side)))))
+        box = x, y, x + side, y + side
+        lows.append(to_tensor(damaged.crop(box)))
+        highs.append(to_tensor(picture.crop(tuple(factor * place for place in box))))
     return torch.stack(highs), torch.stack(lows)
 
 
-def upsampler_loss(model, high, low):
-    """E‖ε − ε(x_t, t, low)‖² of crops high (B, 3, H, W) and damaged low (B, 3, H/4, W/4), in [-1, 1] (§2.1; DDPM eq. 14)."""
+def randn(generators, shape, device):
+    """Noise (B, …), row k from generators[k] (on the CPU): the same alone or in a batch."""
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
+
+
+def upsampler_loss(model, high, low, generators):
+    """E‖ε − ε(x_t, t, low)‖² of crops (§2.1; DDPM eq. 14).
+
+    high (B, 3, H, W) and damaged low (B, 3, H/4, W/4) in [-1, 1]; generators: one torch.Generator a
+    row.
+    """
     alphas_cumprod = SCHEDULES[model.config.schedule]()
-    t = torch.randint(len(alphas_cumprod), (len(high),)).to(high.device)  # drawn on the CPU: the same on every device
-    noise = torch.randn(high.shape).to(high.device)
+    t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(high.device)
+    noise = randn(generators, high.shape, high.device)
     eps = model(q_sample(high, t, noise, alphas_cumprod), t, low)
-    weight = at(1 / alphas_cumprod - 1, t, eps) if model.config.prediction == "residual" else 1  # ‖Δε‖² (1−ᾱ)/ᾱ is ‖Δx_0‖²
-    return (weight * (eps - noise) ** 2).mean()
+    error = (eps - noise) ** 2
+    if model.config.prediction == "residual":
+        error = error * at(1 / alphas_cumprod - 1, t, eps)  # ‖Δε‖² (1−ᾱ)/ᾱ is ‖Δx_0‖²
+    return error.mean()
 
 
-# ----------------------------------------------------------------------------- sampling
+# ------------------------------ sampling
 
 def ladder(steps, top):
-    """The timesteps that a sampler visits, ascending: `steps` integers from 0 to `top`, evenly spaced (§2.1, §2.2; Improved
-    DDPM §4). Raises ValueError."""
+    """A sampler's timesteps, ascending, evenly spaced from 0 to `top` (Improved DDPM §4).
+
+    One step is [top]. Raises ValueError.
+    """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    return torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist() if steps > 1 else [top]
+    rungs = torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist()
+    return rungs if steps > 1 else [top]
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep that still holds the share `signal` of x_0: the largest t with √ᾱ_t ≥ signal (§2.1; ours).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (not in the paper).
 
-    Samplers of ε-predictors start here, not at T − 1: there √ᾱ is 5e-5 in the cosine schedule, and
-    x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20 in x̂_0, which is a colour cast where x̂_0 is clamped and
-    a lost picture where it is inverted. What the starting noise lacks of the signal is small beside the noise.
+    At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
     return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
 
 
-def randn(generators, shape, device):
-    """Noise (B, …) of which row k comes from generators[k] (on the CPU): the same alone or in a batch."""
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-
-
 @torch.no_grad()
 def sample(model, low, generators, steps=None, bar=False):
-    """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h), by DDIM with η = 0 (§2.1, table 3: 27 and 15 steps).
+    """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h), by DDIM (§2.1, table 3).
 
-    generators: one torch.Generator a picture; steps None takes the config's, as η always is (DDIM eqs. 12, 16).
+    generators: one torch.Generator a picture; steps: the config's (27 and 15) if None.
     """
     c = model.config
     size = low.shape[-1] * c.image_size // c.low_size
@@ -336,11 +353,13 @@ def sample(model, low, generators, steps=None, bar=False):
     alphas_cumprod = exact.float() if c.float32 else exact
     rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
     x = randn(generators, (len(low), 3, size, size), low.device)
-    for n in tqdm(reversed(range(len(rungs))), total=len(rungs), desc=f"upsample-{size}", disable=not bar):
-        alpha_t, alpha_s = float(alphas_cumprod[rungs[n]]), float(alphas_cumprod[rungs[n - 1]]) if n else 1.0
-        eps = (model.last if c.last and not n else model)(x, torch.full((len(x),), rungs[n], device=x.device), low)
-        x_0 = predict_x_0(x, eps, alpha_t).clamp(-1, 1)
-        eps = (x - math.sqrt(alpha_t) * x_0) / math.sqrt(1 - alpha_t)  # the ε that the clamped x̂_0 means
+    for n in tqdm(reversed(range(len(rungs))), f"upsample-{size}", len(rungs), disable=not bar):
+        alpha_t = float(alphas_cumprod[rungs[n]])
+        alpha_s = float(alphas_cumprod[rungs[n - 1]]) if n else 1.0
+        network = model.last if c.last and not n else model
+        t = torch.full((len(x),), rungs[n], device=x.device)
+        x_0 = predict_x_0(x, network(x, t, low), alpha_t).clamp(-1, 1)
+        eps = (x - math.sqrt(alpha_t) * x_0) / math.sqrt(1 - alpha_t)  # of the clamped x̂_0
         x, deviation = ddim_step(x_0, eps, alpha_t, alpha_s, c.eta)
         if n and c.eta:
             x = x + deviation * randn(generators, x.shape, x.device)
@@ -348,30 +367,33 @@ def sample(model, low, generators, steps=None, bar=False):
 
 
 def main():
-    """The script: what --help says."""
-    here = Path(__file__).parent / "weights/shapes"
-    parser = argparse.ArgumentParser(description="Enlarge a picture: it is scaled to 64×64 and goes through the upsamplers. "
-                                     "The shipped ones know flat shapes, not photographs.")
-    parser.add_argument("picture", help="any picture; it is cropped to a square")
-    parser.add_argument("--size", type=int, default=256, choices=[256, 1024], help="pixels a side to reach (default 256)")
-    parser.add_argument("--weights", type=Path, default=here, help="folder of upsample-256.pt and upsample-1024.pt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--out", type=Path, default=Path("upsample.png"), help="where it goes, bicubic enlargement to its left")
+    parser = argparse.ArgumentParser(
+        description="Enlarge a picture: it is scaled to 64×64 and goes through the upsamplers. The "
+        "shipped ones know flat shapes, not photographs.")
+    here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
+    add("picture", help="any picture; it is cropped to a square")
+    add("--size", type=int, default=256, choices=[256, 1024], help="pixels a side (default 256)")
+    add("--weights", type=Path, default=here, help="folder of checkpoints")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--out", type=Path, default=Path("upsample.png"), help="where the sheet goes: bicubic "
+        "enlargement, and the upsamplers' picture")
     args = parser.parse_args()
     import clip_embed as ce
+    from weights.checkpoints import load_model, read_checkpoint
     with ce.one_line_errors():
-        if not 0 <= args.seed < 1 << 48 or args.out.suffix != ".png":
-            raise ce.UserError("--seed must be at least 0, and --out end in .png")
+        ce.check_ranges(args, seed=(0, 1 << 48))
+        if args.out.suffix != ".png":
+            raise ce.UserError(f"--out {args.out}: must end in .png")
         device = ce.pick_device(args.device)
         x = small = ce.to_square(ce.open_picture(args.picture), 64).to(device)
-        for size in (256, 1024)[:1 + (args.size == 1024)]:
+        for size in (256, 1024) if args.size == 1024 else (256,):
             path = args.weights / f"upsample-{size}.pt"
-            model = ce.load_model(Upsampler, UpsamplerConfig, ce.read_checkpoint(path, f"upsample-{size}"), path).to(device)
+            checkpoint = read_checkpoint(path, f"upsample-{size}")
+            model = load_model(Upsampler, UpsamplerConfig, checkpoint, path).to(device)
             x = sample(model, x, [torch.Generator().manual_seed(args.seed)], bar=True)
-        bicubic = F.interpolate(small, (args.size, args.size), mode="bicubic").clamp(-1, 1)
-        sheet = torch.cat([bicubic, x], 3)[0].permute(1, 2, 0)  # (size, 2 · size, 3), side by side
-        Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy()).save(args.out)
+        bicubic = F.interpolate(small, (args.size, args.size), mode="bicubic")
+        ce.to_picture(torch.cat([bicubic, x], 3)[0]).save(args.out)
         print(args.out)
 
 

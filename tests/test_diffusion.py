@@ -290,10 +290,9 @@ def test_the_bound_trains_only_the_variance_and_weighs_a_thousandth_of_all_its_t
     model = lambda x, t, z_i, text: (eps, v)
     model.config = SimpleNamespace(prediction="eps")
     x_0 = torch.rand(4, 3, 4, 4) * 2 - 1
-    torch.manual_seed(5)
-    t, noise = torch.randint(1000, (4,)), torch.randn(x_0.shape)
-    torch.manual_seed(5)
-    loss = decoder.decoder_loss(model, x_0, torch.zeros(4, 4), no_text(4), no_text(1))
+    t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators(4)])
+    noise = torch.stack([(torch.randint(1000, (1,), generator=g), torch.randn(3, 4, 4, generator=g))[1] for g in generators(4)])
+    loss = decoder.decoder_loss(model, x_0, torch.zeros(4, 4), no_text(4), no_text(1), generators(4))
     simple = ((eps - noise) ** 2).mean()
     assert torch.allclose(torch.autograd.grad(loss, eps, retain_graph=True)[0], torch.autograd.grad(simple, eps)[0])
     bound = decoder.vlb_term(x_0, decoder.q_sample(x_0, t, noise, ALPHAS), t, eps, v, ALPHAS).mean()
@@ -310,12 +309,12 @@ def test_z_i_is_dropped_a_tenth_and_the_caption_half_of_the_time_independently()
 
     model.config = SimpleNamespace(prediction="eps")
     text = no_text(n) | {"z_t": torch.ones(n, 4)}
-    decoder.decoder_loss(model, torch.zeros(n, 1, 1, 1), torch.ones(n, 4), text, no_text(1))
+    decoder.decoder_loss(model, torch.zeros(n, 1, 1, 1), torch.ones(n, 4), text, no_text(1), generators(n))
     share = lambda rows: float(rows.float().mean())
     assert share(seen["z_i"]) == pytest.approx(0.1, abs=0.01) and share(seen["caption"]) == pytest.approx(0.5, abs=0.015)
     assert share(seen["z_i"] & ~seen["caption"]) == pytest.approx(0.05, abs=0.006)
-    f = lambda z, t, text: (seen.update(prior=text["z_t"][:, 0] == 0), z)[1]
-    prior.prior_loss(f, torch.ones(n, 4), text, no_text(1))
+    f = lambda z, t, text, cache: (seen.update(prior=text["z_t"][:, 0] == 0), z)[1]
+    prior.prior_loss(f, torch.ones(n, 4), text, no_text(1), generators(n))
     assert share(seen["prior"]) == pytest.approx(0.1, abs=0.01)
 
 
