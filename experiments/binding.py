@@ -31,7 +31,7 @@ from common import (conclude, decode, draw, finish, gallery, jackknife, load_net
                     show, to_images, true_scenes)
 from manipulations import z_t
 from priors import embed
-from train import COLOURS, HELD_OUT, SHAPES, swapped
+from data.shapes import COLOURS, HELD_OUT, SHAPES, swapped
 
 REFERENCES = 64  # true pictures of each caption, for the nearest
 

@@ -32,8 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from train import (BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, VALUES, WORDINGS, Scene, Thing, describe,
-                   is_held_out, lay_out, pick, random_scene, render, what_to_say)
+from data.shapes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Scene, Thing, VALUES, WORDINGS, attributes_in_caption, describe, is_held_out, lay_out, pick, random_scene, render
 
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
 SIDE = 64  # pictures are read at this size
@@ -145,7 +144,7 @@ def fit_thing(mask, contrast, plane):
     light = np.linalg.lstsq(np.concatenate([a, s], 1), contrast, rcond=None)[0][1]
     stripes = light @ lightening[colour] / (lightening[colour] ** 2).sum()  # 0 where solid, 1 where striped
     x, y, radius = (pose[:3] / SIDE).tolist()
-    size = "small" if radius < (SIZES["small"][1] + SIZES["large"][0]) / 2 else "large"
+    size = "small" if radius < (RADII["small"][1] + RADII["large"][0]) / 2 else "large"
     return Thing(shape if error < UNEXPLAINED * (contrast ** 2).sum() else None, colour, size,
                  "striped" if stripes > 0.45 else "solid", x, y, radius, np.rad2deg(pose[3]).item())
 
@@ -323,7 +322,7 @@ def generated(args):
     for k in range(args.n):
         rng = np.random.default_rng([args.seed, 1 << 22, k])  # no training's numbers
         scene = random_scene(rng, args.things, args.held_out)
-        captions.append(args.caption or describe(scene, what_to_say(scene, rng), rng))
+        captions.append(args.caption or describe(scene, attributes_in_caption(scene, rng), rng))
     return list(tqdm(draw_and_score(stack, captions, args.seed, args.size, **options), "pictures", args.n))
 
 

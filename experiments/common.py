@@ -26,11 +26,12 @@ import decoder
 import prior
 import sample
 from caption_accuracy import judge, parse_caption, read_scene, relation_of, scene_of
-from clip_embed import UserError, fingerprint, load_model, read_checkpoint
-from manipulate import in_batches
+from clip_embed import UserError, encode_captions
+from weights.checkpoints import fingerprint, load_model, read_checkpoint
+from sample import BATCH, in_batches, rows
 from manipulations import to_images
 from priors import cell, frechet
-from train import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, phrase  # noqa: F401, phrase: for the scripts
+from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase
 
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
@@ -90,23 +91,26 @@ def noises(stage, seed, n):
 
 def draw(stack, captions, seed, kind, guidance=None, steps=None):
     """z_i (n, d) for n captions: from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none")."""
+    text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)
+    if kind in ("text", "none"):
+        return text["z_t"].cpu() * (kind == "text")
     noise = noises("prior", seed, len(captions))
 
-    def run(some, text, null):
+    def run(some):
+        some_text, some_noise = rows(text, some), noise[some]
         if kind == "diffusion":
-            return prior.sample(stack["prior"], text, null, noise[some], guidance, steps)
-        if kind == "ar":
-            return prior.ar_sample(stack["ar-prior"], text, null, noise[some], 1.0 if guidance is None else guidance)
-        return text["z_t"] * (kind == "text")
+            return prior.sample(stack["prior"], some_text, null, some_noise, guidance, steps)
+        return prior.ar_sample(stack["ar-prior"], some_text, null, some_noise, 1.0 if guidance is None else guidance)
 
-    return in_batches(stack, captions, run)
+    return in_batches(stack[sample.PRIORS[kind]], len(captions), BATCH[64], run)
 
 
 def decode(stack, z_i, captions, seed, guidance=None, steps=None):
     """Images (n, 3, 64, 64) in [-1, 1] of z_i (n, d) and n captions, ancestral, each from noise of its own."""
     noise, device = noises("decoder", seed, len(captions)), stack["clip"].logit_scale.device
-    return in_batches(stack, captions, lambda some, text, null: decoder.sample(
-        stack["decoder"], z_i[some].to(device), text, null, noise[some], guidance, steps))
+    text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)
+    return in_batches(stack["decoder"], len(captions), BATCH[64], lambda some: decoder.sample(
+        stack["decoder"], z_i[some].to(device), rows(text, some), null, noise[some], guidance, steps))
 
 
 def observe(images, captions):
@@ -141,7 +145,7 @@ def attributes(scene):
     """
     count = lambda name, values: [sum(getattr(t, name) == v for t in scene.things) for v in values]
     mean = lambda name: float(np.mean([getattr(t, name) for t in scene.things])) if scene.things else 0.0
-    return torch.tensor([len(scene.things), *count("shape", (*SHAPES, None)), *count("colour", COLOURS), *count("size", SIZES),
+    return torch.tensor([len(scene.things), *count("shape", (*SHAPES, None)), *count("colour", COLOURS), *count("size", RADII),
                          *count("fill", FILLS), *(scene.background == b for b in BACKGROUNDS),
                          4 * mean("x"), 4 * mean("y"), 10 * mean("radius")], dtype=torch.float64)
 

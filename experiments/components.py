@@ -30,7 +30,7 @@ from decoder import randn
 from manipulate import pca_reconstruct
 from manipulations import scenes_of
 from priors import embed
-from train import random_scene
+from data.shapes import random_scene
 
 ATTRIBUTES = ("colour", "shape", "size", "fill", "background", "place")
 QUESTIONS = (("colour", "shape"), ("colour", "place"), ("place", "shape"))  # chosen before the answers

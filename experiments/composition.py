@@ -26,7 +26,7 @@ from common import (conclude, decode, draw, finish, gallery, load_network, obser
                     seeds, show, to_images, true_scenes, under)
 from manipulations import z_t
 from priors import embed
-from train import COLOURS, HELD_OUT, SHAPES
+from data.shapes import COLOURS, HELD_OUT, SHAPES
 
 NEW = sorted(HELD_OUT)
 TRAINED = [(colour, shape) for colour, _ in NEW for _, shape in NEW if (colour, shape) not in HELD_OUT]  # the other twelve

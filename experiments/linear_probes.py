@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_embed import UserError, load_clip, one_line_errors, pick_device
 from priors import draw, embed
 from sample import SHIPPED
-from train import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, swapped
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, swapped
 
 RIDGE = 1e-6  # of the mean square of a coordinate
 

@@ -26,7 +26,8 @@ import manipulate
 import sample
 from caption_accuracy import read_scene, score
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device
-from train import COLOURS, HELD_OUT, SHAPES, VALUES, Scene, Thing, describe, lay_out, pick, random_scene, render, to_tensor
+from clip_embed import to_tensor
+from data.shapes import COLOURS, HELD_OUT, SHAPES, Scene, Thing, VALUES, describe, lay_out, pick, random_scene, render
 
 KEPT = ("shape", "colour", "size", "relation")
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # of principal components

@@ -31,10 +31,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 from caption_accuracy import parse_caption, relation_of, scene_of
-from clip_embed import (UserError, encode_captions, fingerprint, load_clip, load_model, one_line_errors, pick_device,
-                        preprocess_tensor, read_checkpoint)
+from clip_embed import (UserError, encode_captions, encode_pictures, load_clip, one_line_errors, pick_device, to_floats,
+                        to_tensor)
+from data.shapes import VALUES, ShapeBatches, attributes_in_caption, describe, random_scene, render
 from sample import SHIPPED, generators
-from train import VALUES, Batches, Recipe, describe, random_scene, render, to_tensor, what_to_say
+from weights.checkpoints import fingerprint, load_model, read_checkpoint
 
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
 ROWS = ("true", "diffusion", "autoregressive", "z_t shifted", "z_t")
@@ -49,7 +50,7 @@ def trained_on(path, stage):
     checkpoint = read_checkpoint(path, stage)
     try:
         record = checkpoint.get("trained") or checkpoint["training"]
-        batches, steps = Batches(stage, Recipe(**record["recipe"]), record["seed"], None), range(record["step"])
+        batches, steps = ShapeBatches(stage, record["recipe"]["batch_size"], record["seed"], None), range(record["step"])
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say which captions it was trained on") from None
     return {caption for k in tqdm(steps, f"captions of {stage}") for caption in batches[k][1]}
@@ -60,7 +61,7 @@ def unseen_captions(n, seed, seen):
     rng, captions = np.random.default_rng([seed, 1 << 50]), []
     while len(captions) < n:
         scene = random_scene(rng)
-        caption = describe(scene, what_to_say(scene, rng), rng)
+        caption = describe(scene, attributes_in_caption(scene, rng), rng)
         captions += [caption] if caption not in seen else []
     return captions
 
@@ -94,8 +95,7 @@ def embed(stack, scenes):
     size, parts = stack["clip"].config.image_size, []
     for first in range(0, len(scenes), 250):
         images = torch.stack([to_tensor(render(s, size)) for s in scenes[first:first + 250]])
-        images = images.to(stack["clip"].logit_scale.device).float() / 127.5 - 1
-        parts.append(stack["clip"].encode_image(preprocess_tensor(images, size)).cpu())
+        parts.append(encode_pictures(stack["clip"], to_floats(images)).cpu())
     return torch.cat(parts)
 
 
@@ -221,7 +221,7 @@ def main():
         seen = set().union(*(trained_on(args.weights / f"{stage}.pt", stage) for stage in ("prior", "ar-prior")))
         rng = np.random.default_rng(1 << 52)
         scenes = [random_scene(rng) for _ in range(2000)]
-        z_t = draw(stack, [describe(s, what_to_say(s, rng), rng) for s in scenes], 0, {})[0]
+        z_t = draw(stack, [describe(s, attributes_in_caption(s, rng), rng) for s in scenes], 0, {})[0]
         shift = (embed(stack, scenes).mean(0) - z_t.mean(0)).to(stack["clip"].logit_scale.device)
         results = []
         for seed in tqdm(range(args.seeds), "seeds"):

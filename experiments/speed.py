@@ -6,8 +6,10 @@ Out:  on stdout, a Markdown table: for each stage its parameters, images a secon
       the training step and the network's forward pass reach. The peak is that of a matrix product, measured here
 
 A sampled image is timed over a few of its steps and scaled to all of them; scenes are drawn beforehand.
+With --memory the table shows the memory that a training needs instead, counted tensor by tensor.
 
     python experiments/speed.py
+    python experiments/speed.py --memory --preset laptop --precision bfloat16
     python experiments/speed.py --preset laptop --precision bfloat16
 """
 
@@ -15,6 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ import decoder
 import prior
 import train
 import upsample
-from clip_embed import UserError, one_line_errors, pick_device
+from clip_embed import check_ranges, one_line_errors, pick_device
 from sample import generators
 
 
@@ -61,7 +64,7 @@ def one_image(stage, model, batch, context, pictures):
     """(run, share): run() samples `pictures` images of a stage in a few steps, `share` of the default number of steps."""
     seeds = generators(stage, 0, range(pictures))
     if stage in ("prior", "decoder"):
-        text, null = train.read(["a red circle"] * pictures, context)
+        text, null = context.frozen.encode_texts(["a red circle"] * pictures)
         if stage == "prior":
             return lambda: prior.sample(model, text, null, seeds, steps=8), 8 / model.config.steps
         return lambda: decoder.sample(model, text["z_t"], text, null, seeds, steps=5), 5 / model.config.steps
@@ -69,18 +72,54 @@ def one_image(stage, model, batch, context, pictures):
     return lambda: upsample.sample(model, low, seeds, steps=3), 3 / model.config.steps
 
 
+def prepare(stage, args, device):
+    """The Context of a stage's training, an untrained CLIP in it where one is needed."""
+    args.out, args.seed, args.workers, args.given = Path(args.folder), 0, 0, "z_i"
+    args.steps = args.learning_rate = args.data = args.clip = args.bpe = None
+    args.dry_run = True
+    return train.prepare(stage, args, device)
+
+
+def count_memory(stage, args, device):
+    """One row of the table of memory: megabytes of weights, gradients, moments and EMA, of CLIP and z_i, of the backward pass.
+
+    The backward pass is that of a piece of a batch (Recipe.at_once): each tensor that autograd keeps counts once, the
+    parameters do not. Two small pieces are counted; a row more adds the difference.
+    """
+    context = prepare(stage, args, device)
+    frozen, rows = context.frozen, min(context.recipe.at_once, context.recipe.batch_size)
+    state = 20 * sum(p.numel() for p in train.STAGES[stage].network(context.config).parameters())
+    given = [p.nbytes for p in frozen.clip.parameters()] if frozen else []
+    given += [frozen.z_i.nbytes] if frozen and frozen.z_i is not None else []
+
+    def backward(rows):
+        kept, run = {}, train.build(stage, replace(context, recipe=replace(context.recipe, batch_size=rows)))
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = run.batches("train")[0]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train.add_gradients(run.loss, batch, 0, run.context)
+        return sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in run.model.parameters())
+
+    one, two = backward(1), backward(2)
+    sizes = [state, sum(given), one + (two - one) * (rows - 1)]
+    return [stage, str(rows), *(f"{size / 1e6:.4g}" for size in [*sizes, sum(sizes)])]
+
+
 def measure(stage, args, device, peak):
-    """One row of the table, as a list of strings."""
-    (_, build, loss_of, *_), (recipe, context, _) = train.STAGES[stage], train.prepared(stage, args, device)
-    context["alone"] = False
-    model = build(context["config"]).to(device, memory_format=torch.channels_last)
+    """One row of the table of speed, as a list of strings."""
+    context = prepare(stage, args, device)
+    recipe, low = context.recipe, context.low
+    model = train.STAGES[stage].network(context.config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    batch = train.to_device(train.Batches(stage, recipe, 0, context["config"])[0], device)
-    low = context["low"]
+    batch = train.to_device(context.batches(stage, recipe.batch_size, 0, context.config)[0], device)
 
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=low), train.attention_kernel(device, low):
-            return loss_of(model, batch, context)
+            return train.STAGES[stage].loss(model, batch, context, train.row_generators(0, 0, range(recipe.batch_size)))
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -102,7 +141,6 @@ def measure(stage, args, device, peak):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Time every stage's training step and sampler, and set them beside the fastest "
                                      "matrix product that torch makes on this machine.")
     parser.add_argument("--preset", default="shapes", choices=train.RECIPES)
@@ -110,21 +148,24 @@ def main():
     parser.add_argument("--batch-size", type=int, help="in training; default: the recipe's")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of training (default float32); "
                         "sampling is float32")
+    parser.add_argument("--memory", action="store_true", help="show the memory that training needs, in place of speeds")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        if args.batch_size is not None and not 2 <= args.batch_size <= 65536:
-            raise UserError(f"--batch-size {args.batch_size}: must be between 2 and 65536")
+    with one_line_errors(), tempfile.TemporaryDirectory() as args.folder:
+        check_ranges(args, batch_size=(2, 65536))
         device = pick_device(args.device)
-        args.out, args.seed, args.workers, args.given = Path(folder), 0, 0, "z_i"
-        args.steps = args.learning_rate = args.only = args.words = None
-        args.data, args.clip, args.bpe, args.dry_run = None, None, None, True  # as the dry run: an untrained CLIP will do
-        peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
-        rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]
-        print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads; a matrix product reaches "
-              f"{peak / 1e9:.3g} G operations a second.\n")
-        print("| stage | parameters | batch | trained, images/s | sampled, images/s | operations a step | of peak, training | "
-              "of peak, forward |\n|---|---|---|---|---|---|---|---|")
+        if args.memory:
+            rows = [count_memory(stage, args, device) for stage in tqdm(args.stages, "stages")]
+            print(f"Preset {args.preset}, {args.precision}: megabytes that training needs.\n")
+            print("| stage | rows a piece | weights, gradients, moments, EMA | CLIP, z_i | the backward pass | together |\n"
+                  "|---|---|---|---|---|---|")
+        else:
+            peak = matmul_peak(device, torch.bfloat16 if args.precision == "bfloat16" else torch.float32)
+            rows = [measure(stage, args, device, peak) for stage in tqdm(args.stages, "stages")]
+            print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads; a matrix product "
+                  f"reaches {peak / 1e9:.3g} G operations a second.\n")
+            print("| stage | parameters | batch | trained, images/s | sampled, images/s | operations a step | "
+                  "of peak, training | of peak, forward |\n|---|---|---|---|---|---|---|---|")
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

@@ -26,7 +26,7 @@ from caption_accuracy import rates, score
 from clip_embed import UserError, one_line_errors, pick_device
 from common import decode, draw, to_images
 from priors import embed
-from train import describe, random_scene, what_to_say
+from data.shapes import attributes_in_caption, describe, random_scene
 
 COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound", "all")
 
@@ -67,7 +67,7 @@ def main():
         stack = sample.load_stack(args.weights, device, 1024 if args.large else 64)
         rngs = [np.random.default_rng([args.seed, 1 << 21, k]) for k in range(args.n)]
         scenes = [random_scene(rng, args.things) for rng in rngs]
-        captions = [describe(scene, what_to_say(scene, rng), rng) for scene, rng in zip(scenes, rngs)]
+        captions = [describe(scene, attributes_in_caption(scene, rng), rng) for scene, rng in zip(scenes, rngs)]
         true, empty = to_images(scenes), [""] * args.n
         z_true, z_prior = embed(stack, scenes), draw(stack, captions, args.seed, "diffusion")
         rows = {"the true picture": true}

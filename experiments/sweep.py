@@ -24,7 +24,7 @@ import sample
 from caption_accuracy import draw_and_score
 from clip_embed import UserError, one_line_errors, pick_device
 from common import chart
-from train import describe, random_scene, what_to_say
+from data.shapes import attributes_in_caption, describe, random_scene
 
 LINES = ("one thing", "two things")
 
@@ -35,7 +35,7 @@ def captions_of(n, seed):
     for k in range(n):
         rng = np.random.default_rng([seed, 1 << 20, k])
         scene = random_scene(rng, 1 + k % 2)
-        captions.append(describe(scene, what_to_say(scene, rng), rng))
+        captions.append(describe(scene, attributes_in_caption(scene, rng), rng))
     return captions
 
 

@@ -23,7 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
-from clip_embed import UserError, encode_captions, one_line_errors, pick_device, read_checkpoint
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device
+from weights.checkpoints import read_checkpoint
 from common import (conclude, decode, draw, fidelity, finish, gallery, jackknife, load_network, observe, options,
                     parse, right, seeds, show, true_scenes)
 from priors import embed, frechet

@@ -24,11 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
-from clip_embed import one_line_errors, pick_device, read_checkpoint
+from clip_embed import one_line_errors, pick_device
+from weights.checkpoints import read_checkpoint
 from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
 from manipulations import z_t
 from priors import embed
-from train import lay_out, pick, random_scene
+from data.shapes import lay_out, pick, random_scene
 
 ASKED = "CLIP, asked for the word"
 NEUTRAL = 45  # a pixel whose channels differ by less is a letter's or the background's
@@ -129,7 +130,7 @@ def main():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
         checkpoint = read_checkpoint(args.weights / "clip.pt", "clip")
-        words = (checkpoint.get("trained") or checkpoint.get("training") or {}).get("recipe", {}).get("words", 0)
+        words = checkpoint.get("words", 0)
         print(f"This CLIP's training had words in {words:.0%} of its scenes.\n", flush=True)
         rows, picture = measure(stack, args)
         show(rows, "who, on what")

@@ -11,6 +11,7 @@ Out:  on stdout, a Markdown table: PSNR against the true rendering (dB, over all
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-import train
 import upsample
-from clip_embed import UserError, one_line_errors, pick_device
+from clip_embed import UserError, one_line_errors, pick_device, to_floats, to_tensor
+from data import shapes
 
 
 def edge_widths(pixels, thing, plain, sectors=16):
@@ -32,7 +33,7 @@ def edge_widths(pixels, thing, plain, sectors=16):
     share of the circle's colour is averaged over rings half a pixel wide, and its crossings of 90% and 10% interpolated.
     """
     side = len(pixels)
-    colour = np.array(train.COLOURS[thing.colour], float) - plain
+    colour = np.array(shapes.COLOURS[thing.colour], float) - plain
     share = ((pixels - plain) * colour).sum(-1) / (colour ** 2).sum(-1)  # 1 inside, 0 outside
     y, x = (np.mgrid[:side, :side] + 0.5)
     x, y = x - thing.x * side, y - thing.y * side
@@ -53,8 +54,8 @@ def edge_widths(pixels, thing, plain, sectors=16):
 
 def scene_with_circle(seed, k):
     """A scene that training never shows (its own seeds), of one solid circle."""
-    scene = train.random_scene(np.random.default_rng([seed, 1 << 21, k]), 1)
-    return train.replace(scene, things=(train.replace(scene.things[0], shape="circle", fill="solid"),))
+    scene = shapes.random_scene(np.random.default_rng([seed, 1 << 21, k]), 1)
+    return replace(scene, things=(replace(scene.things[0], shape="circle", fill="solid"),))
 
 
 def main():
@@ -75,18 +76,18 @@ def main():
         stack = sample.load_stack(args.weights, device, args.size)
         errors, widths, rows = {}, {}, []
         for k in tqdm(range(args.n), "scenes"):
-            scene = scene_with_circle(args.seed, k) if k % 2 else train.random_scene(np.random.default_rng([args.seed, 1 << 21, k]))
-            small = train.render(scene, 64)
-            image = train.to_tensor(small)[None].to(device).float() / 127.5 - 1
+            scene = scene_with_circle(args.seed, k) if k % 2 else shapes.random_scene(np.random.default_rng([args.seed, 1 << 21, k]))
+            small = shapes.render(scene, 64)
+            image = to_floats(to_tensor(small)[None].to(device))
             for size in sample.SIZES[1:sample.SIZES.index(args.size) + 1]:
                 image = upsample.sample(stack[f"upsample-{size}"], image, sample.generators(f"upsample-{size}", args.seed, [k]))
                 versions = {"bicubic": small.resize((size, size), Image.Resampling.BICUBIC), "upsampled": sample.to_picture(image[0]),
-                            "true": train.render(scene, size)}
+                            "true": shapes.render(scene, size)}
                 pixels = {name: np.asarray(picture, float) for name, picture in versions.items()}
                 for name in versions:
                     errors.setdefault((size, name), []).append(np.mean((pixels[name] - pixels["true"]) ** 2))
                     if k % 2:
-                        plain = np.asarray(train.render(train.replace(scene, things=()), size), float)
+                        plain = np.asarray(shapes.render(replace(scene, things=()), size), float)
                         widths.setdefault((size, name), []).extend(edge_widths(pixels[name], scene.things[0], plain))
                 if size == args.size and len(rows) < 9:
                     rows += [torch.from_numpy(p).permute(2, 0, 1) / 127.5 - 1 for p in pixels.values()]

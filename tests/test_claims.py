@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_chain import tiny, weights  # noqa: F401, fixtures: tiny presets and recipes; a folder of tiny random checkpoints
+from test_chain import run, tiny, weights  # noqa: F401, fixtures: tiny presets and recipes; a folder of tiny random checkpoints
 
 import binding
 import common
@@ -25,11 +25,15 @@ import priors
 import sample
 import table2
 import train
+import train_only
+import train_words
 import typographic
 from caption_accuracy import parse_caption, score
 from clip_embed import UserError
 from common import attributes, conclude, jackknife, observe, to_images, true_scenes
+from data import shapes
 from sweep import captions_of
+from weights import checkpoints
 
 OPEN = ["a circle and a star", "a heart", "a large cross", "a red square on pink"]
 
@@ -147,7 +151,7 @@ def test_attributes_tell_apart_whatever_a_caption_can_say():
 def test_swapped_pairs_are_told_from_right_ones_and_from_neither():
     pairs = binding.pairs_of(6, 0)
     assert pairs[0][0][0] == pairs[1][1][0] and [s for _, s in pairs[0]] == [s for _, s in pairs[1]]
-    assert not train.HELD_OUT & {pair for both in pairs for pair in both}
+    assert not shapes.HELD_OUT & {pair for both in pairs for pair in both}
     captions = [f"{common.phrase(*one)} and {common.phrase(*other)}" for one, other in pairs]
     images = to_images(true_scenes(captions, 0))
     order = [1, 0, 3, 2, 5, 4]
@@ -173,7 +177,7 @@ def test_references_of_a_swapped_caption_are_the_same_scenes_with_their_colours_
 
 
 def test_pairs_never_trained_stand_beside_all_trained_ones_of_the_same_colours_and_shapes():
-    assert not train.HELD_OUT & set(composition.TRAINED) and len(set(composition.TRAINED)) == 12
+    assert not shapes.HELD_OUT & set(composition.TRAINED) and len(set(composition.TRAINED)) == 12
     for k in range(2):
         assert sorted(p[k] for p in composition.TRAINED) == sorted(3 * [p[k] for p in composition.NEW])
 
@@ -203,10 +207,10 @@ def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
 
 def test_who_reads_is_told_from_who_names_the_thing_or_another_word(monkeypatch):
     _, scenes = typographic.scenes_of(5, 3)
-    captions = [f"a {a} that says {b}" for a in train.SHAPES for b in train.SHAPES]
+    captions = [f"a {a} that says {b}" for a in shapes.SHAPES for b in shapes.SHAPES]
     monkeypatch.setattr(typographic, "z_t", lambda stack, some: torch.eye(len(captions))[[captions.index(c) for c in some]])
     says = lambda word_of: torch.eye(len(captions))[[captions.index(f"a {s.things[0].shape} that says {word_of(s.things[0])}") for s in scenes]]
-    other = lambda thing: next(word for word in train.SHAPES if word not in (thing.word, thing.shape))
+    other = lambda thing: next(word for word in shapes.SHAPES if word not in (thing.word, thing.shape))
     assert all(typographic.reads(None, says(lambda thing: thing.word), scenes)) and not any(typographic.reads(None, says(other), scenes))
 
 
@@ -280,36 +284,76 @@ def test_wrong_use_is_one_line_and_exit_status_2(script, arguments, message, wei
 # ----------------------------------------------------------------------------- what train.py trains for them
 
 def test_words_are_written_across_a_share_of_large_single_things_and_often_alone_tell_captions_apart(monkeypatch):
-    recipe = train.Recipe(16, 0, 0, words=0.5)
-    seen, render = [], train.render
-    monkeypatch.setattr(train, "render", lambda scene, side: seen.append(scene) or render(scene, side))
-    captions = [caption for k in range(12) for caption in train.Batches("clip", recipe, 0, None)[k][1]]
-    worded = [scene for scene in seen if any(thing.word for thing in scene.things)]
-    assert 0.3 < len(worded) / len(seen) < 0.7 and all(len(s.things) == 1 and s.things[0].size == "large" for s in worded)
+    drawn, render = [], shapes.render
+    monkeypatch.setattr(shapes, "render", lambda scene, side: drawn.append(scene) or render(scene, side))
+    batches = train_words.WordBatches("clip", 16, 0, None, words=0.5)
+    captions = [caption for k in range(12) for caption in batches[k][1]]
+    worded = [scene for scene in drawn if any(thing.word for thing in scene.things)]
+    assert 0.3 < len(worded) / len(drawn) < 0.7 and all(len(s.things) == 1 and s.things[0].size == "large" for s in worded)
     says = [caption for caption in captions if "that says" in caption]
     assert 0.4 < len(says) / len(worded) < 0.9
-    for scene, caption in zip(seen, captions):
+    for scene, caption in zip(drawn, captions):
         assert "that says" not in caption or f"{scene.things[0].shape} that says {scene.things[0].word}" in caption
-    plain = train.Batches("clip", train.Recipe(16, 0, 0), 0, None)[0]
+    plain = shapes.ShapeBatches("clip", 16, 0, None)[0]
     assert not any("that says" in caption for caption in plain[1])
+    assert train_words.WordBatches("clip", 16, 0, None, words=0)[0][1] == plain[1]
+
+
+def train_by(script, monkeypatch, *arguments):
+    """Run a script that changes train.py for its run only."""
+    with monkeypatch.context() as patch:
+        for name in ("prepare", "build", "ShapeBatches"):
+            patch.setattr(train, name, getattr(train, name))  # put back afterwards
+        run(script, patch, *arguments, "--device", "cpu", "--workers", 0, "--precision", "float32")
+
+
+def test_only_trains_the_parameters_that_it_names_and_leaves_the_others_as_init_has_them(tiny, monkeypatch):  # noqa: F811
+    """The rest keeps its very bytes, through weight decay, EMA, a resumption and the export: that is what lets it be stored once."""
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    folder = tiny.out.parent
+    checkpoints.export(tiny.out, folder / "first", ["upsample-256"])
+    arguments = ["upsample-256", "--init", folder / "first/upsample-256.pt", "--out", folder / "some", "--seed", 3]
+    only = ["--only", "time_embed", "conv_out"]
+    train_by(train_only, monkeypatch, *arguments, *only)
+    train_by(train_only, monkeypatch, *arguments, "--resume", "--steps", 6, *only)
+    checkpoints.export(folder / "some", folder / "second", ["upsample-256"])
+    first, second = (torch.load(folder / name / "upsample-256.pt", weights_only=True) for name in ("first", "second"))
+    changed = {k for k in first["model"] if not torch.equal(first["model"][k], second["model"][k])}
+    assert changed == {k for k in first["model"] if "time_embed" in k or "conv_out" in k}
+    assert second["trained"]["step"] == 6 and second["only"] == ("time_embed", "conv_out")
+    tiny.out, tiny.resume, tiny.steps = folder / "some", True, 8
+    with pytest.raises(UserError, match=r"trained with another only: .*conv_out.*, not None"):
+        train.train("upsample-256", tiny, torch.device("cpu"))
+
+
+def test_only_says_what_is_wrong(tiny, monkeypatch, capsys):  # noqa: F811
+    train.train("upsample-256", tiny, torch.device("cpu"))
+    arguments = ["upsample-256", "--out", tiny.out.parent / "none", "--only", "time_embed"]
+    for more, message in ((["conv_uot", "--init", tiny.out / "upsample-256.pt"], "--only conv_uot: no parameter of the upsample-256 is called so"),
+                          ([], "--only time_embed: the rest needs weights; say by --init which")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            train_by(train_only, patch, *arguments, *more)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["z_t", "caption"])
-def test_a_decoder_given_z_t_or_the_caption_alone_never_sees_the_pictures_z_i(given, monkeypatch):
-    seen = {"z_i": [], "dropped": []}
+def test_a_decoder_given_z_t_or_the_caption_alone_never_sees_the_pictures_z_i(given):
+    z_i, dropped = [], []
     text = {"z_t": torch.ones(200, 4), "mask": torch.ones(200, 1)}
-    monkeypatch.setattr(train, "read", lambda captions, context: (text, {"z_t": torch.zeros(1, 4), "mask": torch.zeros(1, 1)}))
-    monkeypatch.setattr(train, "look", lambda images, context: torch.full((200, 4), 9.0))
+    null = {"z_t": torch.zeros(1, 4), "mask": torch.zeros(1, 1)}
+    frozen = SimpleNamespace(encode_texts=lambda captions: (text, null), encode_pictures=lambda images: torch.full((200, 4), 9.0))
 
     class Net(torch.nn.Module):
         config = SimpleNamespace(prediction="eps")
 
-        def forward(self, x_t, t, z_i, text):
-            seen["z_i"].append(z_i), seen["dropped"].append(text["mask"] == 0)
+        def forward(self, x_t, t, given_z_i, text):
+            z_i.append(given_z_i), dropped.append(text["mask"] == 0)
             return x_t, torch.zeros_like(x_t)
 
-    train.decoder_loss(Net(), (torch.zeros(200, 3, 8, 8), [""] * 200), {"given": given})
-    z_i, dropped = seen["z_i"][0], seen["dropped"][0].double().mean()
+    context = SimpleNamespace(frozen=frozen, given=given)
+    batch = torch.zeros(200, 3, 8, 8), [""] * 200
+    train.decoder_batch_loss(Net(), batch, context, train.row_generators(0, 0, range(200)))
+    z_i, dropped = z_i[0], dropped[0].double().mean()
     assert not (z_i == 9).any() and (0.8 < float((z_i == 1).double().mean()) < 1) == (given == "z_t")
     assert float(dropped) == pytest.approx(0.5 if given == "z_t" else 0.2, abs=0.12)
 

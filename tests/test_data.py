@@ -23,6 +23,9 @@ import sample
 import train
 import upsample
 from clip_embed import UserError
+from data import embeddings, shapes
+from data import folder as captioned
+from weights import checkpoints
 from conftest import ROOT
 from test_chain import TINY
 
@@ -40,7 +43,7 @@ def drawn():
     """{name: (bytes, captions)} of 26 pictures in three formats, odd sizes and several modes, eight of them large."""
     rng, made = np.random.default_rng(0), {}
     for k in range(26):
-        picture = train.render(train.random_scene(rng), 1030 if k % 4 == 0 else 150)
+        picture = shapes.render(shapes.random_scene(rng), 1030 if k % 4 == 0 else 150)
         width, height = (1024 + 3 * k, 1025) if k % 4 == 0 else (65 + 9 * k, 301 - 8 * k)
         picture = picture.resize((width, height)).convert(("RGB", "L", "RGBA", "P", "CMYK", "LA", "1", "I;16")[k % 8])
         kind, suffix = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[k % 3]
@@ -120,13 +123,13 @@ def refused(monkeypatch, capsys, folder, *arguments):
 
 def read_back(data):
     """{caption: bytes} of Pictures."""
-    return {data.captions[c]: train.read_part(data.root, *data.places[k]) for k in range(len(data.names)) for c in range(data.first[k], data.first[k + 1])}
+    return {data.captions[c]: captioned.read_part(data.root, *data.places[k]) for k in range(len(data.names)) for c in range(data.first[k], data.first[k + 1])}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_pictures_and_captions(layout, drawn, tmp_path):
     LAYOUTS[layout](tmp_path / "photos", drawn)
-    data = train.gather(tmp_path / "photos", tmp_path / "seen", 0)
+    data = captioned.gather(tmp_path / "photos", tmp_path / "seen", 0)
     assert read_back(data) == {c: bytes for bytes, captions in drawn.values() for c in captions}
     assert sorted(data.sides) == sorted(min(Image.open(io.BytesIO(d)).size) for d, _ in drawn.values())
     assert not (tmp_path / "seen/skipped.txt").read_text()
@@ -176,8 +179,8 @@ def test_bad_files_are_named_and_left_out_and_the_rest_is_trained_on(drawn, tiny
                    "postscript.jpg: not a picture that can be read (its format is unknown)", "missing.png: no such picture"):
         assert any(reason in line for line in listed), reason
     calls = []
-    monkeypatch.setattr(train, "check", lambda *_: calls.append(1) or [])
-    assert len(train.gather(folder, tmp_path / "runs", 0).names) == 5 and not calls  # what was found wrong is remembered
+    monkeypatch.setattr(captioned, "check", lambda *_: calls.append(1) or [])
+    assert len(captioned.gather(folder, tmp_path / "runs", 0).names) == 5 and not calls  # what was found wrong is remembered
     assert (tmp_path / "runs/skipped.txt").read_text("utf-8").splitlines() == listed
 
 
@@ -236,7 +239,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_followed(to, insi
     (folder / "a.png").write_bytes(png())
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "x"}))
     (folder / "b.png").symlink_to("a.png")
-    assert len(train.gather(folder, tmp_path / "runs", 0).names) == 1
+    assert len(captioned.gather(folder, tmp_path / "runs", 0).names) == 1
     (folder / inside).symlink_to(tmp_path / to if "m/" in inside else to)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": f"{inside}/secret.png" if to == ".." else inside, "text": "x"}))
     assert f"{inside!r} is a link that leads out of {folder}" in refused(monkeypatch, capsys, folder)
@@ -245,7 +248,7 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_followed(to, insi
 def pictures(tmp_path, write, n, distinct=True):
     """Pictures of n small PNGs, number k with the caption "k" or all with the same."""
     write(tmp_path / "photos", {f"{k:03}.png": (png(64, k), [str(k) if distinct else "same"]) for k in range(n)})
-    return train.gather(tmp_path / "photos", tmp_path / "runs", 0)
+    return captioned.gather(tmp_path / "photos", tmp_path / "runs", 0)
 
 
 def numbers(batches, steps):
@@ -254,18 +257,18 @@ def numbers(batches, steps):
 
 @pytest.mark.parametrize("write", [write_texts, write_tar])
 def test_each_epoch_shows_each_training_picture_once_and_ranks_share_a_batch(write, tmp_path, monkeypatch):
-    data, recipe = pictures(tmp_path, write, 100), train.Recipe(8, 1, 1)
-    make = lambda **options: train.FolderBatches(data, "prior", recipe, 5, None, **options)
+    data = pictures(tmp_path, write, 100)
+    make = lambda **options: captioned.FolderBatches(data, "prior", 8, 5, None, **options)
     held_out = data.rows("validation")
     assert len(held_out) == 3 and sorted([*held_out, *data.rows("train")]) == list(range(100))
     shown = numbers(make(), range(97))  # 97 pictures, batches of 8: eight epochs
     assert all(sorted(shown[97 * e:97 * (e + 1)]) == sorted(data.rows("train")) for e in range(8))
     assert not np.array_equal(shown[:97], shown[97:194]) and set(numbers(make(split="validation"), [0])) == set(held_out)
-    assert np.array_equal(make()[50][0], make()[50][0]) and not np.array_equal(shown[:8], numbers(train.FolderBatches(data, "prior", recipe, 6, None), [0]))
+    assert np.array_equal(make()[50][0], make()[50][0]) and not np.array_equal(shown[:8], numbers(captioned.FolderBatches(data, "prior", 8, 6, None), [0]))
     for k in (3, 30):
         assert torch.equal(torch.cat([make(rank=r, world=4)[k][0] for r in range(4)]), make()[k][0])
     if write is write_tar:  # a small buffer keeps what lies together near together
-        monkeypatch.setattr(train, "BUFFER", 10)
+        monkeypatch.setattr(captioned, "BUFFER", 10)
         shard_of = np.array([int(file[:5]) for file, *_ in data.places])
         shards = shard_of[numbers(make(), range(12))]
         assert (np.diff(shards) != 0).sum() < 30 < (np.diff(shard_of[shown[:96]]) != 0).sum()
@@ -273,8 +276,8 @@ def test_each_epoch_shows_each_training_picture_once_and_ranks_share_a_batch(wri
 
 def test_clip_s_batches_hold_no_picture_and_no_caption_twice(tmp_path):
     write_texts(tmp_path / "photos", {f"{k:03}.png": (png(64, k), [f"{k // 3}", f"{k}!"]) for k in range(60)})
-    data, seen = train.gather(tmp_path / "photos", tmp_path / "runs", 0), Counter()
-    make = lambda **options: train.FolderBatches(data, "clip", train.Recipe(32, 1, 1), 0, TINY[clip_embed], **options)
+    data, seen = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0), Counter()
+    make = lambda **options: captioned.FolderBatches(data, "clip", 32, 0, TINY[clip_embed], **options)
     for k in range(20):
         images, captions = make()[k]
         assert len(set(captions)) == 32 == len({tuple(image[:, 0, 0].tolist()) for image in images})
@@ -285,7 +288,7 @@ def test_clip_s_batches_hold_no_picture_and_no_caption_twice(tmp_path):
     assert torch.equal(torch.cat([half[0] for half in halves]), make()[7][0]) and sum((half[1] for half in halves), []) == make()[7][1]
     assert len(make(split="validation")[0][1]) == 2
     with pytest.raises(UserError, match="with 1 different captions to train on: at most 1"):
-        train.FolderBatches(pictures(tmp_path / "same", write_texts, 9, False), "clip", train.Recipe(4, 1, 1), 0, TINY[clip_embed])
+        captioned.FolderBatches(pictures(tmp_path / "same", write_texts, 9, False), "clip", 4, 0, TINY[clip_embed])
 
 
 def test_pictures_are_cut_from_the_middle_and_never_flipped(tmp_path):
@@ -295,14 +298,14 @@ def test_pictures_are_cut_from_the_middle_and_never_flipped(tmp_path):
     for kind in ("png", "jpg"):
         left.save(tmp_path / "photos" / f"a.{kind}")
     (tmp_path / "photos/a.txt").write_text("red is left")
-    data = train.gather(tmp_path / "photos", tmp_path / "runs", 0)
+    data = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0)
     for stage, config in (("decoder", TINY[decoder]), ("clip", TINY[clip_embed])):
-        batches = train.FolderBatches(data, stage, train.Recipe(1, 1, 1), 0, config)
+        batches = captioned.FolderBatches(data, stage, 1, 0, config)
         for k in range(8):
             image = batches[k][0][0].float()
             assert image.shape == (3, 64, 64) and (image[:, :, 2:30].mean((1, 2)) - torch.tensor([255, 0, 0])).abs().max() < 4
             assert image[:, :, 34:].min() > 240
-    high, low = train.FolderBatches(data, "upsample-256", train.Recipe(1, 1, 1), 0, TINY[upsample][256])[0]
+    high, low = captioned.FolderBatches(data, "upsample-256", 1, 0, TINY[upsample][256], crops=upsample.training_crops)[0]
     assert high.shape == (1, 3, 64, 64) and low.shape == (1, 3, 16, 16)
 
 
@@ -313,8 +316,8 @@ def cached(tiny, drawn, tmp_path, monkeypatch):
     arguments = ["--data", tmp_path / "photos", "--out", tmp_path / "runs", "--workers", 0, "--device", "cpu"]
     run(train, monkeypatch, "clip", *arguments)
     run(train, monkeypatch, "prior", *arguments)
-    asked, ask = [], train.encode_captions
-    monkeypatch.setattr(train, "encode_captions", lambda clip, tokenizer, captions: (asked.append(len(captions)), ask(clip, tokenizer, captions))[1])
+    asked, ask = [], embeddings.encode_captions
+    monkeypatch.setattr(embeddings, "encode_captions", lambda clip, tokenizer, captions: (asked.append(len(captions)), ask(clip, tokenizer, captions))[1])
 
     def again(stage, *more):
         asked.clear()
@@ -325,20 +328,20 @@ def cached(tiny, drawn, tmp_path, monkeypatch):
 
 
 def test_the_cache_says_what_clip_says(cached, tmp_path):
-    data = train.gather(tmp_path / "photos", tmp_path / "runs", 0)
+    data = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0)
     clip, tokenizer = clip_embed.load_clip(tmp_path / "runs/clip.pt")
-    folder = next((tmp_path / "runs").glob("cache-*"))
-    context = {"clip": clip, "tokenizer": tokenizer, "device": torch.device("cpu")}
-    cache = train.embed(data, context, folder, 0)
+    frozen = embeddings.FrozenCLIP(clip, tokenizer, checkpoints.fingerprint(clip))
+    embeddings.embed_folder(frozen, data, tmp_path / "runs", 0)
+    assert len(list((tmp_path / "runs").glob("cache-*"))) == 1
     some = torch.tensor([3, 20, 7])
-    text, null = train.read(some, cache | {"device": torch.device("cpu")})
+    text, null = frozen.encode_texts(some)
     want, want_null = clip_embed.encode_captions(clip, tokenizer, [data.captions[k] for k in some])
     for kept, true in ((text, want), (null, want_null)):
         assert torch.equal(kept["mask"], true["mask"]) and torch.equal(kept["tokens"][kept["mask"]], true["tokens"][kept["mask"]])
         assert torch.allclose(kept["z_t"], true["z_t"], atol=1e-5)
         assert torch.allclose(kept["states"][kept["mask"]], true["states"][kept["mask"]], atol=2e-3, rtol=2e-3)
-    picture = clip_embed.open_picture("x", train.read_part(data.root, *data.places[5]))
-    assert torch.allclose(cache["z_i"][5], clip.encode_image(clip_embed.preprocess(picture, 64))[0], atol=0.02)
+    picture = clip_embed.open_picture("x", captioned.read_part(data.root, *data.places[5]))
+    assert torch.allclose(frozen.z_i[5], clip.encode_image(clip_embed.preprocess(clip_embed.to_square(picture, 64), 64))[0], atol=0.02)
 
 
 def test_a_cache_serves_every_stage_and_is_made_anew_for_other_data_another_clip_or_after_damage(cached, drawn, tmp_path, monkeypatch, capsys):
@@ -413,7 +416,7 @@ import sys, time, train
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 open("/proc/self/clear_refs", "w").write("5")  # a child begins with its parent's peak
 began, before = time.process_time(), peak()  # seconds of this process alone, whatever else the machine does
-rows, wrong = train.list_pictures(sys.argv[1])
+rows, wrong = captioned.list_pictures(sys.argv[1])
 print(sum(len(row[3]) for row in rows), len(wrong), time.process_time() - began, peak() - before)
 """
 
@@ -447,9 +450,9 @@ def test_a_core_decodes_75_photographs_a_second(tmp_path):
         picture = Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).resize((341, 256), Image.Resampling.BICUBIC)
         picture.save(folder / f"{k}.jpg", quality=92)
         (folder / f"{k}.txt").write_text(f"noise {k}")
-    data = train.gather(folder, tmp_path / "runs", 0)
+    data = captioned.gather(folder, tmp_path / "runs", 0)
     for stage, config in (("decoder", decoder.PRESETS["laptop"]), ("upsample-256", upsample.PRESETS["laptop"][256]), ("clip", clip_embed.PRESETS["laptop"])):
-        batches, began = train.FolderBatches(data, stage, train.Recipe(32, 1, 1), 0, config), time.perf_counter()
+        batches, began = captioned.FolderBatches(data, stage, 32, 0, config), time.perf_counter()
         for k in range(5):
             batches[k]
         speed = 160 / (time.perf_counter() - began)

@@ -13,7 +13,8 @@ import stages
 import sweep
 import train
 import upsamplers
-from train import COLOURS, VALUES, Thing, describe, lay_out, random_scene, render, to_tensor
+from clip_embed import to_tensor
+from data.shapes import COLOURS, Thing, VALUES, describe, lay_out, random_scene, render
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0])

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 import caption_accuracy
 from caption_accuracy import parse_caption, read_scene, score, self_test, table
 from clip_embed import UserError
-from train import RELATIONS, VALUES, Scene, Thing, describe, random_scene, render, what_to_say
+from data.shapes import RELATIONS, Scene, Thing, VALUES, attributes_in_caption, describe, random_scene, render
 
 CAPTION = "a red circle to the left of a blue star on a pink background"
 CIRCLE = Thing("circle", "red", "large", "solid", 0.25, 0.5, 0.18)
@@ -29,7 +29,7 @@ def test_a_caption_is_parsed_into_exactly_what_it_says():
     for k in range(500):
         rng = np.random.default_rng([3, k])
         scene = random_scene(rng)
-        said = what_to_say(scene, rng)
+        said = attributes_in_caption(scene, rng)
         things = tuple(Thing(**{a: getattr(t, a) if a == "shape" or (i, a) in said else None for a in VALUES})
                        for i, t in enumerate(scene.things))
         relation = scene.relation if "relation" in said else None

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,9 @@ import prior
 import train
 import upsample
 from clip_embed import UserError
+from data import shapes
+from data.embeddings import FrozenCLIP
+import speed
 from test_chain import TINY, run, tiny  # noqa: F401 (tiny is a fixture)
 
 CPU = torch.device("cpu")
@@ -35,9 +39,9 @@ needs_fork = pytest.mark.skipif(fork is None, reason="starts processes by fork")
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_row_of_a_batch_is_the_same_in_any_process(stage, monkeypatch):
     """Shares of 6 cut through CLIP's groups of a scene and its near misses, and through four crops of a scene."""
-    monkeypatch.setattr(train, "FIXED_SCENES", 40)
+    monkeypatch.setattr(shapes, "FIXED_SCENES", 40)
     config = upsample.UpsamplerConfig(image_size=256, low_size=64)
-    make = lambda *where: train.Batches(stage, train.Recipe(12, 1, 1e-3), 7, config, *where)[3]
+    make = lambda rank=0, world=1, split="train": shapes.ShapeBatches(stage, 12, 7, config, rank, world, split, upsample.training_crops)[3]
     whole, parts = make(), [make(rank, 2) for rank in (0, 1)]
     for n, part in enumerate(whole):
         first, second = (p[n] for p in parts)
@@ -48,16 +52,18 @@ def test_a_row_of_a_batch_is_the_same_in_any_process(stage, monkeypatch):
 
 
 def test_the_priors_never_train_on_the_scenes_that_are_held_out(monkeypatch):
-    monkeypatch.setattr(train, "FIXED_SCENES", 1280)
-    scenes = lambda split: {n for k in range(40) for n in train.Batches("prior", train.Recipe(64, 1, 1e-3), 0, None, 0, 1, split)[k][0].tolist()}
+    monkeypatch.setattr(shapes, "FIXED_SCENES", 1280)
+    scenes = lambda split: {n for k in range(40) for n in shapes.ShapeBatches("prior", 64, 0, None, 0, 1, split)[k][0].tolist()}
     trained, held_out = scenes("train"), scenes("validation")
     assert held_out == set(range(1270, 1280)) and max(trained) < 1270 and len(trained) > 1000
 
 
 def test_noise_belongs_to_its_row_and_is_what_torch_would_draw():
     def draw(rows, step=2):
-        with train.NoiseByRow(5, step, rows):
-            return torch.randint(1000, (len(rows),)), torch.randn(len(rows), 3, 8, 8), torch.rand(len(rows), 2), torch.rand(len(rows))
+        def each(function, *shape):
+            return torch.stack([function(*shape, generator=g) for g in generators])
+        generators = train.row_generators(5, step, rows)
+        return each(lambda generator: torch.randint(1000, (), generator=generator)), each(torch.randn, 3, 8, 8), each(torch.rand, 2), each(torch.rand, ())
     whole, parts = draw(range(4000)), [draw(range(1500)), draw(range(1500, 4000))]
     t, noise, pair, single = whole
     assert all(torch.equal(x, torch.cat(both)) for x, both in zip(whole, zip(*parts)))
@@ -81,26 +87,28 @@ def first_gradients(stage, rank, world, **changes):
     config = {"clip": clip.config, "prior": TINY[prior], "ar-prior": TINY["ar-prior"],
               "decoder": replace(TINY[decoder], dropout=0.0)}.get(stage) or replace(TINY[upsample][int(stage[9:])], dropout=0.0)
     recipe = replace(train.Recipe(12, 1, 1e-3), **changes)
-    z_i = torch.nn.functional.normalize(torch.randn(train.FIXED_SCENES, 16), dim=1)
-    context = {"clip": clip, "tokenizer": tokenizer, "config": config, "z_i": z_i, "device": CPU, "seed": 3, "low": False, "near": (),
-               "scale": recipe.scale, "given": "z_i"}
+    z_i = torch.nn.functional.normalize(torch.randn(shapes.FIXED_SCENES, 16), dim=1)
+    frozen = FrozenCLIP(clip, tokenizer, z_i=z_i)
+    context = train.Context(shapes.ShapeBatches, None, CPU, 3, False, recipe, config, tokenizer, frozen)
     if stage == "ar-prior":
         codes = prior.fit_codes(z_i, 1024)
-        context |= {"codes": codes | {"dot_edges": torch.linspace(-1, 1, 1023)}, "config": replace(config, components=len(codes["components"]))}
-    model, _, _, loss = train.networks(stage, recipe, context)
+        context.codes = codes | {"dot_edges": torch.linspace(-1, 1, 1023)}
+        context.config = replace(config, components=len(codes["components"]))
+    start = train.build(stage, context)
+    model, loss = start.model, start.loss
     torch.manual_seed(2)
     for p in model.parameters():
         if not p.abs().sum():
             torch.nn.init.normal_(p, std=0.05)
-    batch = train.Batches(stage, recipe, 3, context["config"], rank, world)[5]
-    value = train.mean_of_ranks([train.add_gradients(loss, batch, 5, recipe, context)], CPU)[0]
+    batch = shapes.ShapeBatches(stage, 12, 3, context.config, rank, world, crops=upsample.training_crops)[5]
+    value = train.mean_of_ranks([train.add_gradients(loss, batch, 5, context)], CPU)[0]
     return {"loss": torch.tensor(value), **{name: p.grad for name, p in model.named_parameters()}}
 
 
 def in_processes(world, folder, jobs):
     """Results of first_gradients(**job) for each job, as the last of `world` forked processes under gloo sees them."""
     def work(rank):
-        train.FIXED_SCENES = 40
+        shapes.FIXED_SCENES = 40
         if world > 1:
             torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
         torch.save([first_gradients(rank=rank, world=world, **job) for job in jobs], folder / f"{world}-{rank}.pt")
@@ -143,11 +151,13 @@ def test_recomputing_keeps_less_and_spares_the_ema(low):
     kept, tokenizer = {}, clip_embed.Tokenizer([])
     config = replace(TINY[clip_embed], vocab_size=len(tokenizer), vision_layers=6, vision_patch_size=8)
     for again in (False, True):
-        recipe, context = replace(train.Recipe(8, 1, 1e-3), recompute=again), {"config": config, "tokenizer": tokenizer, "device": CPU}
-        model, ema, _, loss = train.networks("clip", recipe, context := context | {"seed": 0, "low": low, "near": (), "scale": recipe.scale})
+        recipe = replace(train.Recipe(8, 1, 1e-3), recompute=again)
+        context = train.Context(shapes.ShapeBatches, None, CPU, 0, low, recipe, config, tokenizer)
+        start = train.build("clip", context)
+        model, ema, loss = start.model, start.ema, start.loss
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.nbytes), x)[1], lambda x: x):
-            train.add_gradients(loss, train.Batches("clip", recipe, 0, config)[0], 0, recipe, context)
+            train.add_gradients(loss, shapes.ShapeBatches("clip", 8, 0, config)[0], 0, context)
         kept[again] = sum(sizes)
         with torch.no_grad():
             before = model.encode_image(torch.ones(1, 3, 64, 64))
@@ -173,10 +183,10 @@ def test_two_processes_under_torchrun_train_what_one_does(tmp_path):
 # ----------------------------------------------------------------------------- stopped, in every way
 
 class Noise(Dataset):
-    """Batches of an upsampler that cost nothing to draw, with the interface of Batches."""
+    """Batches of an upsampler that cost nothing to draw, with the interface of ShapeBatches."""
 
-    def __init__(self, stage, recipe, seed, config, rank=0, world=1, split="train"):
-        self.share, self.held_out = recipe.batch_size // world, split != "train"
+    def __init__(self, stage, batch_size, seed, config, rank=0, world=1, split="train"):
+        self.share, self.held_out = batch_size // world, split != "train"
 
     def __getitem__(self, k):
         g = torch.Generator().manual_seed(2 * k + self.held_out)
@@ -186,9 +196,11 @@ class Noise(Dataset):
 @pytest.fixture
 def quick(tiny, monkeypatch):  # noqa: F811
     """Arguments of a training whose steps take milliseconds: an upsampler on noise."""
-    prepare = lambda args, device: ({"config": TINY[upsample][256], "batches": Noise}, {})
-    picture = lambda model, batch, context: Image.new("RGB", (8, 8))
-    monkeypatch.setitem(train.STAGES, "upsample-256", (prepare, *train.STAGES["upsample-256"][1:3], picture))
+    def prepare(context, args):
+        context.config, context.batches = TINY[upsample][256], Noise
+
+    sheet = lambda model, batch, context: Image.new("RGB", (8, 8))
+    monkeypatch.setitem(train.STAGES, "upsample-256", train.STAGES["upsample-256"]._replace(prepare=prepare, sheet=sheet))
     return tiny
 
 
@@ -260,8 +272,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_error_says_so(quick
 def test_an_exploding_loss_stops_training_and_keeps_the_checkpoint(quick, monkeypatch):
     train.train("upsample-256", also(quick, steps=2), CPU)
     before, loss = (quick.out / "upsample-256.pt").read_bytes(), upsample.upsampler_loss
-    monkeypatch.setattr(upsample, "upsampler_loss", lambda *batch: 2e4 * loss(*batch))
-    with pytest.raises(UserError, match=r"the loss at step 2 is [\d.]+e\+04 .before: 1.*; the last good checkpoint is .*lower --learning-rate"):
+    monkeypatch.setattr(upsample, "upsampler_loss", lambda *arguments: 2e4 * loss(*arguments))
+    with pytest.raises(UserError, match=r"the loss at step 2 is [\d.]+e\+04 .before: [\d.]+.*; the last good checkpoint is .*lower --learning-rate"):
         train.train("upsample-256", also(quick, resume=True), CPU)
     assert (quick.out / "upsample-256.pt").read_bytes() == before
 
@@ -276,15 +288,6 @@ def test_other_defaults_of_sampling_resume_and_other_sizes_do_not(quick):
         torch.save(old | {"config": old["config"] | other}, quick.out / "upsample-256.pt")
         with pytest.raises(UserError, match="cannot be resumed, it has other sizes"):
             train.train("upsample-256", also(quick, resume=True), CPU)
-
-
-def test_a_checkpoint_from_before_the_held_out_loss_resumes(quick):
-    train.train("upsample-256", also(quick, steps=2), CPU)
-    old = final(quick)
-    old["training"]["rows"] = [row[:3] for row in old["training"]["rows"]]
-    torch.save(old, quick.out / "upsample-256.pt")
-    train.train("upsample-256", also(quick, resume=True), CPU)
-    assert [row[3] is None for row in final(quick)["training"]["rows"]] == [True, True, False]
 
 
 @needs_fork
@@ -327,8 +330,9 @@ def test_clip_meets_near_misses_alone_for_a_while_but_not_on_a_folders_pictures(
     train.train("clip", also(tiny, batch_size=None, steps=None, save_every=1), CPU)
     assert [group for training, group in seen if training] == [None, 4, 4, None]
     assert {group for training, group in seen if not training} == {None}
-    monkeypatch.setitem(train.STAGES, "clip", (lambda args, device: ({}, {}), *train.STAGES["clip"][1:]))
-    assert train.prepared("clip", also(tiny, batch_size=None, steps=None, data="photos"), CPU)[1]["near"] == range(0)
+    monkeypatch.setitem(train.STAGES, "clip", train.STAGES["clip"]._replace(prepare=lambda context, args: None))
+    folder = types.SimpleNamespace(mark="0", picture=None)
+    assert train.prepare("clip", also(tiny, batch_size=None, steps=None, data=folder), CPU).recipe.near == (0, 0)
 
 
 # ----------------------------------------------------------------------------- what is measured
@@ -356,8 +360,8 @@ def test_the_held_out_loss_is_the_emas(quick):
     model = upsample.Upsampler(TINY[upsample][256]).eval()
     model.load_state_dict(checkpoint["model"])
     for k in range(train.VALIDATION):
-        with train.NoiseByRow(3, k, range(4), held_out=True):
-            losses.append(float(upsample.upsampler_loss(model, *Noise("", train.Recipe(4, 1, 1), 3, None, split="validation")[k])))
+        generators = train.row_generators(3, k, range(4), held_out=True)
+        losses.append(float(upsample.upsampler_loss(model, *Noise("", 4, 3, None, split="validation")[k], generators)))
     assert checkpoint["training"]["rows"][-1][3] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
@@ -372,10 +376,29 @@ def test_a_dry_run_writes_nothing_and_counts_what_training_would_take(tiny, monk
     n = sum(p.numel() for p in model.parameters())
     assert figure(r"([\d.]+) M parameters", lines[4]) == pytest.approx(n / 1e6, abs=0.05)
     assert figure(r"moments, EMA ([\d.]+)", lines[4]) == pytest.approx(20 * n / 1e9, abs=0.005)
-    assert "of 4 rows" in lines[4] and "CLIP, z_i" in lines[3] and "CLIP, z_i" not in lines[4]
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
     run(train, monkeypatch, "upsample-256", "--dry-run", "--out", tmp_path / "runs", "--device", "cpu")
     assert "too much for this machine: not measured" in capsys.readouterr().out
+
+
+def test_speed_counts_the_memory_of_training_without_training(tiny, monkeypatch, capsys):  # noqa: F811
+    """The backward pass grows by the row: twice the rows need less than twice the memory, but more than once."""
+    sizes = {}
+    for at_once in (4, 8):
+        monkeypatch.setitem(train.RECIPES, "shapes", {s: train.Recipe(8, 1000, 1e-3, at_once=at_once) for s in train.STAGES})
+        monkeypatch.setattr(sys, "argv", ["speed.py", "--memory", "--device", "cpu"])
+        speed.main()
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+        assert [row[0].strip("| ") for row in rows] == list(train.STAGES)
+        sizes[at_once] = {row[0].strip("| "): [float(figure.strip(" |") or 0) for figure in row[2:]] for row in rows}
+        assert all(row[1].split()[0] == f"{at_once}" for row in rows)
+    n = sum(p.numel() for p in upsample.Upsampler(TINY[upsample][256]).parameters())
+    for stage in train.STAGES:
+        state, clip, backward, whole = sizes[4][stage]
+        assert whole == pytest.approx(state + clip + backward, rel=2e-3) and backward > 0
+        assert (clip > 0) == (stage in ("prior", "ar-prior", "decoder"))
+        assert backward < sizes[8][stage][2] < 2.01 * backward
+    assert sizes[4]["upsample-256"][0] == pytest.approx(20 * n / 1e6, abs=0.01)
 
 
 @pytest.mark.parametrize("stage", train.STAGES)

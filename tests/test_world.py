@@ -9,17 +9,18 @@ from PIL import Image
 
 import train
 import upsample
+from data import shapes
 
 
 def scenes(n, **options):
     rng = np.random.default_rng(0)
-    return [train.random_scene(rng, **options) for _ in range(n)]
+    return [shapes.random_scene(rng, **options) for _ in range(n)]
 
 
 def test_things_keep_their_sizes_stay_inside_and_never_touch():
     for scene in scenes(1000):
         for thing in scene.things:
-            low, high = train.SIZES[thing.size]
+            low, high = shapes.RADII[thing.size]
             assert low <= thing.radius <= high and abs(thing.tilt) <= 12
             assert min(thing.x, thing.y) - thing.radius > 0 and max(thing.x, thing.y) + thing.radius < 1
         if scene.relation:
@@ -31,18 +32,18 @@ def test_things_keep_their_sizes_stay_inside_and_never_touch():
 
 
 def test_held_out_pairs_appear_only_when_asked_for():
-    assert not any(train.is_held_out(s) for s in scenes(2000))
-    assert all(train.is_held_out(s) for s in scenes(100, held_out=True))
+    assert not any(shapes.is_held_out(s) for s in scenes(2000))
+    assert all(shapes.is_held_out(s) for s in scenes(100, held_out=True))
 
 
 def test_captions_leave_each_attribute_out_about_a_third_of_the_time():
     rng = np.random.default_rng(0)
     sample = scenes(2000, count=2)
-    said = [train.what_to_say(s, rng) for s in sample]
+    said = [shapes.attributes_in_caption(s, rng) for s in sample]
     for what in ((0, "colour"), (1, "size"), (0, "fill"), "relation", "background"):
         assert sum(what in s for s in said) / len(said) == pytest.approx(2 / 3, abs=0.04)
     for scene, words in zip(sample, said):
-        caption = train.describe(scene, words, rng)
+        caption = shapes.describe(scene, words, rng)
         assert all(t.shape in caption for t in scene.things)
         assert (scene.background in caption) == ("background" in words)
 
@@ -50,59 +51,59 @@ def test_captions_leave_each_attribute_out_about_a_third_of_the_time():
 def test_near_misses_differ_in_what_the_caption_says_and_from_one_another():
     rng, swaps, relations, inverse = np.random.default_rng(0), 0, 0, 0
     for scene in scenes(300):
-        said = train.what_to_say(scene, rng)
-        group = [scene, *train.near_misses(scene, said, rng)]
-        facts = [{(k, a): getattr(t, a) for k, t in enumerate(s.things) for a in train.VALUES} |
+        said = shapes.attributes_in_caption(scene, rng)
+        group = [scene, *shapes.near_misses(scene, said, rng)]
+        facts = [{(k, a): getattr(t, a) for k, t in enumerate(s.things) for a in shapes.VALUES} |
                  {"relation": s.relation, "background": s.background} for s in group]
         for s, fact in zip(group[1:], facts[1:]):
-            assert not train.is_held_out(s) and len(s.things) == len(scene.things)
+            assert not shapes.is_held_out(s) and len(s.things) == len(scene.things)
             changed = {k for k in fact if fact[k] != facts[0][k]}
             assert changed and all(k in said or k[1] == "shape" for k in changed)
             swaps += len(changed) == 2
             relations += changed == {"relation"}
-            inverse += s.relation == train.RELATIONS.get(scene.relation, "none")
-        captions = [train.describe(s, said, np.random.default_rng(5)) for s in group]  # the same wording for all
+            inverse += s.relation == shapes.RELATIONS.get(scene.relation, "none")
+        captions = [shapes.describe(s, said, np.random.default_rng(5)) for s in group]  # the same wording for all
         assert len(set(captions)) == 4
     assert swaps > 60 and relations > 60
     assert 0.4 < inverse / relations < 0.8  # a CLIP that never meets the others takes "left of" for "above"
 
 
 def test_captions_that_mean_the_same_have_one_meaning():
-    red, blue = (train.Thing("circle", c, "small", "solid") for c in ("red", "blue"))
-    scene = lambda first, second, relation: train.Scene((first, second), relation, "white", 0.0)
+    red, blue = (shapes.Thing("circle", c, "small", "solid") for c in ("red", "blue"))
+    scene = lambda first, second, relation: shapes.Scene((first, second), relation, "white", 0.0)
     said = {(0, "colour"), (1, "colour"), "relation"}
-    assert train.meaning(scene(red, blue, "above"), said) == train.meaning(scene(blue, red, "below"), said)
-    assert train.meaning(scene(red, blue, "above"), said) != train.meaning(scene(blue, red, "above"), said)
-    assert train.meaning(scene(red, blue, "above"), said - {"relation"}) == train.meaning(scene(blue, red, "above"), said - {"relation"})
+    assert shapes.meaning(scene(red, blue, "above"), said) == shapes.meaning(scene(blue, red, "below"), said)
+    assert shapes.meaning(scene(red, blue, "above"), said) != shapes.meaning(scene(blue, red, "above"), said)
+    assert shapes.meaning(scene(red, blue, "above"), said - {"relation"}) == shapes.meaning(scene(blue, red, "above"), said - {"relation"})
 
 
 def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice():
-    images, captions = train.Batches("clip", train.Recipe(32, 1, 1e-3), 0, None)[0]
+    images, captions = shapes.ShapeBatches("clip", 32, 0, None)[0]
     assert images.shape == (32, 3, 64, 64) and images.dtype == torch.uint8 and len(set(captions)) == 32
 
 
 def test_batches_depend_on_seed_and_number_alone():
-    make = lambda seed: train.Batches("decoder", train.Recipe(3, 9, 1e-3), seed, None)
+    make = lambda seed: shapes.ShapeBatches("decoder", 3, seed, None)
     (a, words_a), (b, words_b) = make(0)[5], make(0)[5]
     assert torch.equal(a, b) and words_a == words_b
     assert words_a != make(1)[5][1] and words_a != make(0)[6][1]
 
 
-@pytest.mark.parametrize("shape", train.SHAPES)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_pictures_show_the_same_scene_at_every_size(shape):
-    scene = train.Scene((train.Thing(shape, "blue", "large", "solid", 0.4, 0.6, 0.19, 5),), None, "gray", 0.05)
-    at_64 = np.asarray(train.render(scene, 64), float)
+    scene = shapes.Scene((shapes.Thing(shape, "blue", "large", "solid", 0.4, 0.6, 0.19, 5),), None, "gray", 0.05)
+    at_64 = np.asarray(shapes.render(scene, 64), float)
     for side in (256, 1024):
-        assert np.abs(np.asarray(train.render(scene, side).reduce(side // 64), float) - at_64).mean() < 0.5
-    assert tuple(at_64[int(0.6 * 64), int(0.4 * 64)]) == train.COLOURS["blue"]
-    blue = np.abs(at_64 - train.COLOURS["blue"]).sum(-1) < 60
+        assert np.abs(np.asarray(shapes.render(scene, side).reduce(side // 64), float) - at_64).mean() < 0.5
+    assert tuple(at_64[int(0.6 * 64), int(0.4 * 64)]) == shapes.COLOURS["blue"]
+    blue = np.abs(at_64 - shapes.COLOURS["blue"]).sum(-1) < 60
     area = {"circle": 3.14, "square": 2, "triangle": 1.3, "star": 1.23, "heart": 1.9, "cross": 1.85}[shape] * (0.19 * 64) ** 2
     assert blue.sum() == pytest.approx(area, rel=0.12)
 
 
 def test_stripes_are_the_colour_and_the_colour_with_35_percent_white():
-    thing = train.Thing("square", "black", "large", "striped", 0.5, 0.5, 0.2, 0)
-    picture = np.asarray(train.render(train.Scene((thing,), None, "white", 0.0), 1024))
+    thing = shapes.Thing("square", "black", "large", "striped", 0.5, 0.5, 0.2, 0)
+    picture = np.asarray(shapes.render(shapes.Scene((thing,), None, "white", 0.0), 1024))
     column = picture[380:640, 512, 0]
     assert {25, 106} <= set(column.tolist()) or {25, 105} <= set(column.tolist())
 
@@ -133,7 +134,7 @@ def test_gaussian_blur_is_the_normalized_3_by_3_kernel():
 
 
 def test_bsr_damages_but_keeps_size_and_mean():
-    picture = train.render(scenes(1)[0], 256)
+    picture = shapes.render(scenes(1)[0], 256)
     rng = np.random.default_rng(0)
     before = np.asarray(picture, float)
     after = [np.asarray(upsample.bsr_degrade(picture, rng), float) for _ in range(20)]

@@ -1,0 +1,1 @@
+"""What the stages train on: the world of shapes, folders of pictures, cached embeddings."""

@@ -1,0 +1,45 @@
+"""A training's losses, as a table and as a chart drawn by Pillow."""
+
+import csv
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def write_csv(rows, path):
+    """Write a training's rows: (step, training loss, images a second, held-out loss or None)."""
+    with open(path, "w", newline="") as file:
+        title = ("step", "loss", "images_per_second", "held_out_loss")
+        csv.writer(file).writerows([title, *rows])
+
+
+def plot_loss(rows, path):
+    """Draw a training's loss against the step, in training and held out, on a logarithmic scale.
+
+    rows: (step, training loss, images a second, held-out loss or None).
+    """
+    lines = []
+    for name, colour, n in (("training", "royalblue", 1), ("held out", "darkorange", 3)):
+        points = [(row[0], math.log10(max(row[n], 1e-12))) for row in rows if row[n] is not None]
+        lines.append((name, colour, points))
+    width, height, left, bottom, last = 640, 360, 70, 40, rows[-1][0]
+    losses = [loss for *_, points in lines for _, loss in points]
+    low, high = min(losses) - 0.02, max(losses) + 0.02
+
+    def to_xy(step, loss):
+        x = left + (width - left - 15) * step / last
+        return x, 15 + (height - bottom - 15) * (high - loss) / (high - low)
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for tick in np.linspace(low, high, 5):
+        draw.line([to_xy(0, tick), to_xy(last, tick)], "gainsboro")
+        draw.text((8, to_xy(0, tick)[1] - 6), f"{10 ** tick:.3g}", "black")
+    for tick in np.linspace(0, last, 6):
+        draw.text((to_xy(tick, low)[0] - 12, height - bottom + 8), f"{tick:.0f}", "black")
+    draw.text((width // 2, height - 16), "step", "black")
+    for n, (name, colour, points) in enumerate(lines):
+        draw.line([to_xy(*point) for point in points], colour, 2)
+        draw.text((width - 80, 20 + 14 * n), name, colour)
+    picture.save(path)

@@ -1,0 +1,136 @@
+"""What the frozen CLIP says of the pictures and captions that priors and decoder train on.
+
+A folder's pictures and captions are encoded once and kept in memory-mapped .npy files. The world's
+fixed scenes are encoded once too; their captions are drawn anew each time.
+"""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clip_embed import CLIP, Tokenizer, encode_captions, encode_pictures, to_floats
+from data.shapes import FixedScenes
+
+
+@dataclass
+class FrozenCLIP:
+    """CLIP in eval mode, and its embeddings that were computed beforehand."""
+    clip: CLIP
+    tokenizer: Tokenizer
+    mark: str = ""                   # CLIP's fingerprint, in the names of cached files
+    z_i: torch.Tensor | None = None  # (n, d) of the fixed scenes, or of a folder's pictures
+    texts: dict | None = None        # of a folder's captions, as load_embeddings gives them
+
+    @property
+    def device(self):
+        return self.clip.logit_scale.device
+
+    @torch.no_grad()
+    def encode_texts(self, captions):
+        """(text, null) of B captions, or of the numbers (B,) of a folder's captions.
+
+        As clip_embed.encode_captions gives them, in float32.
+        """
+        if self.texts is None:
+            with torch.autocast(self.device.type, enabled=False):
+                return encode_captions(self.clip, self.tokenizer, captions)
+        texts = self.texts
+        empty = torch.tensor([len(texts["z_t"]) - 1])  # the last of all captions is the empty one
+        captions = torch.cat([captions, empty])
+        begin, end = texts["ends"][captions], texts["ends"][captions + 1]
+        place = torch.arange(int((end - begin).max()))
+        mask = place < (end - begin)[:, None]  # (B + 1, L)
+        place = (begin[:, None] + place).where(mask, 0)
+        text = {"tokens": texts["tokens"][place].to(self.device),
+                "states": texts["states"][place].to(self.device, torch.float32),
+                "z_t": texts["z_t"][captions].to(self.device, torch.float32),
+                "mask": mask.to(self.device)}
+        return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
+
+    @torch.no_grad()
+    def encode_pictures(self, images):
+        """z_i (B, d) of images (B, 3, H, H) in [-1, 1]."""
+        with torch.autocast(self.device.type, enabled=False):
+            return encode_pictures(self.clip, images)
+
+    def z_i_of(self, numbers):
+        """z_i (B, d) of the pictures with these numbers (B,), on CLIP's device."""
+        return self.z_i[numbers].to(self.device)
+
+
+def embed_scenes(frozen, out, seed, workers):
+    """Set frozen.z_i to z_i of the world's fixed scenes, computed once and kept in `out`."""
+    scenes = FixedScenes(seed)
+    path = out / f"z_i-{frozen.mark}-{seed}-{scenes.fixed_scenes}.npy"
+    if not path.exists():
+        loader = DataLoader(scenes, batch_size=None, num_workers=workers)
+        bar = tqdm(loader, desc="z_i of the priors' scenes", unit="batch")
+        z_i = torch.cat([frozen.encode_pictures(to_floats(images.to(frozen.device))).cpu()
+                         for images in bar])
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.save(file, z_i.numpy())
+        os.replace(path.with_suffix(".part"), path)
+    frozen.z_i = torch.from_numpy(np.load(path)).to(frozen.device)
+
+
+NAMES = ("z_i", "ends", "tokens", "states", "z_t")
+
+
+def load_embeddings(folder):
+    """(z_i, texts) of a folder that embed_folder wrote, memory-mapped.
+
+    z_i (pictures, d). texts: of caption k z_t[k], and rows ends[k] … ends[k + 1] − 1 of tokens and
+    states (half precision); the last caption is the empty one.
+    """
+    z_i, *texts = (torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
+                   for name in NAMES)
+    return z_i, dict(zip(NAMES[1:], texts))
+
+
+def embed_folder(frozen, data, out, workers):
+    """Set frozen.z_i and frozen.texts to those of a folder's Pictures, computed once.
+
+    They are kept in a folder of `out` that is named by data and CLIP, and only when all is written.
+    """
+    folder = out / f"cache-{data.mark}-{frozen.mark}"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+        frozen.z_i, frozen.texts = load_embeddings(folder)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    part, c, captions = folder.with_suffix(".part"), frozen.clip.config, [*data.captions, ""]
+    lengths = [min(len(frozen.tokenizer.encode(caption)) + 2, c.context_length)
+               for caption in captions]
+    n, rows = len(captions), sum(lengths)
+    shapes = (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (rows,)),
+              ("<f2", (rows, c.text_width)), ("<f4", (n, c.embed_dim)))
+    kinds = {name: kind for name, (kind, _) in zip(NAMES, shapes)}
+    part.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(part / f"{name}.npy", "wb")) for name in NAMES}
+
+        def write(name, values):
+            files[name].write(np.asarray(values.cpu(), kinds[name]).tobytes())
+
+        # written, not mapped: a full disk is then an error and no crash
+        for name, (kind, shape) in zip(NAMES, shapes):
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        write("ends", torch.tensor([0, *lengths]).cumsum(0))
+        pictures = DataLoader(range(len(data.names)), 64, num_workers=workers,
+                              collate_fn=partial(data.tensors, side=c.image_size))
+        for images in tqdm(pictures, desc="z_i of the pictures", unit="batch"):
+            write("z_i", frozen.encode_pictures(to_floats(images.to(frozen.device))))
+        for first in tqdm(range(0, n, 256), desc="states of the captions", unit="batch"):
+            text, _ = frozen.encode_texts(captions[first:first + 256])
+            write("tokens", text["tokens"][text["mask"]])
+            write("states", text["states"][text["mask"]])
+            write("z_t", text["z_t"])
+    os.replace(part, folder)
+    frozen.z_i, frozen.texts = load_embeddings(folder)

@@ -1,0 +1,109 @@
+"""Processes that share each batch, signals that stop a training, and the machine's ways.
+
+torchrun starts one process for each GPU; each draws and trains on its share of the rows.
+"""
+
+import contextlib
+import io
+import math
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+
+
+def join_processes(device):
+    """Join torchrun's other processes, if there are any; returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # a day: the others wait while the first one prepares
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return device
+
+
+def ranks():
+    """(this process's number, how many there are) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_before_others():
+    """Let torchrun's first process go first; the others then find its files."""
+    rank, world = ranks()
+    if rank:
+        dist.barrier()
+    try:
+        yield
+    finally:  # an error in the first process stops the others too
+        if world > 1 and not rank:
+            dist.barrier()
+
+
+def only_first_prints():
+    """Silence stderr in all processes but torchrun's first."""
+    return contextlib.redirect_stderr(io.StringIO() if ranks()[0] else sys.stderr)
+
+
+def mean_of_ranks(values, device):
+    """The mean over all processes of each number in a list."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return (values / ranks()[1]).tolist()
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """A list that Ctrl-C and SIGTERM append to, so that a step can be finished.
+
+    A second signal stops at once, but not under torchrun, which repeats the terminal's Ctrl-C.
+    """
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        if ranks()[1] == 1:
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stops(worker):
+    """Data workers ignore Ctrl-C; they end with the trainer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def attention_kernel(device, low):
+    """On CPUs in bfloat16 plain matrix products are faster than torch's fused attention."""
+    if low and device.type == "cpu":
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the CPU's too
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def gather_rows(z):
+    """The rows (B, d) of all processes, in their order; gradients are passed back."""
+    return torch.cat(all_gather(z)) if dist.is_initialized() else z
+
+
+def machine_memory(device):
+    """Bytes of memory that a device has; infinite if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf

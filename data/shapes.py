@@ -1,0 +1,372 @@
+"""The world of shapes: captioned scenes drawn at any size, and the batches that stages train on.
+
+A scene has one or two things: circle, square, triangle, star, heart or cross, in seven colours,
+small or large, solid or striped, on one of four backgrounds. With two, one stands left of, right
+of, above or below the other. A caption names the shapes and some of the rest. It never says exact places,
+tilts, exact sizes or the background's shading. Four pairs of colour and shape (HELD_OUT) are kept
+from training.
+
+Row n of batch k is drawn from (seed, k, n) alone: the same in any process, any worker, any order.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import Dataset
+
+from clip_embed import to_tensor
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
+COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (250, 215, 50),
+           "green": (40, 160, 70), "blue": (45, 90, 220), "purple": (140, 60, 190),
+           "black": (25, 25, 25)}
+BACKGROUNDS = {"white": (250, 250, 250), "gray": (165, 165, 165), "pink": (250, 190, 205),
+               "mint": (185, 235, 205)}
+RADII = {"small": (0.09, 0.11), "large": (0.17, 0.20)}  # least and most, as a share of the side
+FILLS = ("solid", "striped")
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+WORDINGS = {"left of": ("to the left of", "left of", "on the left of"), "above": ("above", "over"),
+            "right of": ("to the right of", "right of", "on the right of"),
+            "below": ("below", "under")}
+HELD_OUT = {("purple", "star"), ("green", "heart"), ("orange", "cross"), ("black", "triangle")}
+VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill": FILLS}
+FIXED_SCENES = 65536  # scenes that the priors train on: their z_i are computed once
+
+
+# ------------------------------ scenes
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene. Lengths are shares of the side, y grows downwards, tilt in degrees."""
+    shape: str
+    colour: str
+    size: str
+    fill: str
+    x: float = 0.5
+    y: float = 0.5
+    radius: float = 0.1  # of the circle around the shape
+    tilt: float = 0.0
+    word: str = ""       # written across it (experiments/train_words.py)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two things. Of two, things[0] stands in `relation` to things[1]."""
+    things: tuple
+    relation: str | None
+    background: str
+    shade: float  # how much the background darkens downwards; negative: upwards
+
+
+def pick(rng, options):
+    """One of a sequence, at random."""
+    return options[rng.integers(len(options))]
+
+
+def is_held_out(scene):
+    """Whether a scene has a colour-shape pair that training never shows."""
+    return any((t.colour, t.shape) in HELD_OUT for t in scene.things)
+
+
+def lay_out(scene, rng):
+    """The scene with fresh places, radii and tilts that fit its sizes and its relation."""
+    def room(thing):
+        return thing.radius + 0.02, 0.98 - thing.radius
+
+    things = [replace(t, radius=rng.uniform(*RADII[t.size]), tilt=rng.uniform(-12, 12))
+              for t in scene.things]
+    if len(things) == 1:
+        x, y = (rng.uniform(*room(things[0])) for _ in "xy")
+        return replace(scene, things=(replace(things[0], x=x, y=y),))
+    # the thing with the smaller coordinate first
+    first, second = things if scene.relation in ("left of", "above") else reversed(things)
+    apart = max(0.3, first.radius + second.radius + 0.04)
+    (low, _), (_, high) = room(first), room(second)
+    apart = rng.uniform(apart, min(high - low, apart + 0.25))
+    along = rng.uniform(low, high - apart)
+    low, high = max(room(t)[0] for t in things), min(room(t)[1] for t in things)
+    across = rng.uniform(low, high)
+    other = rng.uniform(max(low, across - 0.12), min(high, across + 0.12))
+    at = {id(first): (along, across), id(second): (along + apart, other)}
+    if scene.relation in ("above", "below"):
+        at = {k: v[::-1] for k, v in at.items()}
+    things = tuple(replace(t, x=at[id(t)][0], y=at[id(t)][1]) for t in things)
+    return replace(scene, things=things)
+
+
+def random_scene(rng, count=None, held_out=False):
+    """A scene of one or two things, or of `count`; held_out: one that training never shows."""
+    while True:
+        things = tuple(Thing(**{k: pick(rng, v) for k, v in VALUES.items()})
+                       for _ in range(count or rng.integers(1, 3)))
+        if held_out:
+            colour, shape = pick(rng, sorted(HELD_OUT))
+            things = (replace(things[0], colour=colour, shape=shape), *things[1:])
+        relation = pick(rng, tuple(RELATIONS)) if len(things) == 2 else None
+        scene = Scene(things, relation, pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
+        if is_held_out(scene) == held_out:
+            return lay_out(scene, rng)
+
+
+def fixed_scene(seed, n):
+    """Scene n of the priors' fixed set."""
+    return random_scene(np.random.default_rng([seed, 1 << 40, n]))
+
+
+# ------------------------------ captions
+
+def attributes_in_caption(scene, rng):
+    """The attributes that a caption will name, each with probability 2/3; shapes always."""
+    options = [(k, a) for k in range(len(scene.things)) for a in ("colour", "size", "fill")]
+    options += ["background"] + ["relation"] * bool(scene.relation)
+    return {option for option in options if rng.random() < 2 / 3}
+
+
+def phrase(*words):
+    """Words after their article: "a red circle", "an orange star"."""
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def describe(scene, named, rng):
+    """A caption that names the attributes `named` of a scene, in one of several wordings."""
+    def name(k):
+        thing = scene.things[k]
+        words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in named]
+        words += [thing.shape] + ["that says", thing.word] * ((k, "word") in named)
+        return phrase(*words)
+
+    text = name(0)
+    if scene.relation:
+        first, second, relation = 0, 1, scene.relation
+        if rng.random() < 0.5:
+            first, second, relation = 1, 0, RELATIONS[relation]
+        link = pick(rng, WORDINGS[relation]) if "relation" in named else "and"
+        text = f"{name(first)} {link} {name(second)}"
+    if "background" in named:
+        wording = pick(rng, (" on a {} background", " on {}", " with a {} background"))
+        text += wording.format(scene.background)
+    return pick(rng, ("", "", "there is ", "a picture of ")) + text
+
+
+def meaning(scene, named):
+    """The meaning of a caption that names `named`: equal for captions that mean the same."""
+    things = [tuple((a, getattr(t, a)) for a in VALUES if a == "shape" or (k, a) in named)
+              for k, t in enumerate(scene.things)]
+    relation = scene.relation if "relation" in named else None
+    if relation in ("right of", "below"):
+        things, relation = things[::-1], RELATIONS[relation]
+    things = tuple(things if relation else sorted(things))
+    return things, relation, scene.background if "background" in named else None
+
+
+def swapped(scene, attribute):
+    """A scene whose two things have exchanged an attribute."""
+    pairs = zip(scene.things, scene.things[::-1])
+    things = tuple(replace(t, **{attribute: getattr(u, attribute)}) for t, u in pairs)
+    return replace(scene, things=things)
+
+
+def near_misses(scene, named, rng, n=3):
+    """n scenes that differ from this one, and from one another, in one thing that is named.
+
+    Hard cases come oftenest (§7, fig. 14): two things swap an attribute, half of the time their
+    colours ("red circle, blue star" beside "blue circle, red star"), or change places. Only a CLIP
+    that binds attributes and places to objects tells such captions apart. Else one attribute
+    changes. Scenes with a pair of HELD_OUT are left out.
+    """
+    things, group = scene.things, [scene]
+    swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= named)]
+    kinds = ["attribute"] + 3 * ["swap"] * bool(swaps) + 2 * ["relation"] * ("relation" in named)
+    while len(group) <= n:
+        kind = pick(rng, kinds)
+        k = rng.integers(len(things))
+        if kind == "attribute":
+            own = sorted(a for (j, a) in (x for x in named if isinstance(x, tuple)) if j == k)
+            kind = pick(rng, ["shape", *own, *["background"] * ("background" in named)])
+        if kind == "swap":
+            colours = "colour" in swaps and rng.random() < 0.5
+            kind = "colour" if colours else pick(rng, swaps)
+            other = swapped(scene, kind)
+        elif kind == "relation":
+            inverse = RELATIONS[scene.relation]
+            other = replace(scene, relation=pick(rng, [inverse, inverse, *RELATIONS]))
+        elif kind == "background":
+            values = [v for v in BACKGROUNDS if v != scene.background]
+            other = replace(scene, background=pick(rng, values))
+        else:
+            values = [v for v in VALUES[kind] if v != getattr(things[k], kind)]
+            new = replace(things[k], **{kind: pick(rng, values)})
+            other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
+        known = [meaning(s, named) for s in group]
+        if not is_held_out(other) and meaning(other, named) not in known:
+            group.append(lay_out(other, rng) if kind in ("size", "relation") else other)
+    return group[1:]
+
+
+# ------------------------------ pictures
+
+@lru_cache
+def outlines():
+    """Each shape's corners (n, 2) within the unit circle, y downwards."""
+    def ring(n, start):
+        angle = np.deg2rad(start + 360 / n * np.arange(n))
+        return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+    a, w = np.deg2rad(np.arange(0, 360, 4)), 0.3  # w: half the width of the cross's arms
+    heart = np.stack([16 * np.sin(a) ** 3, -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a)
+                      + np.cos(4 * a)], -1)
+    cross = np.array([(w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1),
+                      (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w), (-w, -1)])
+    star = np.stack([ring(5, -90), 0.42 * ring(5, -54)], 1).reshape(10, 2)
+    return {"circle": ring(90, -90), "square": ring(4, -45), "triangle": ring(3, -90), "star": star,
+            "heart": (heart - (0, 2)) / 17.2, "cross": cross / 1.05}
+
+
+def render(scene, side):
+    """Draw a scene as a Pillow image, side × side, antialiased: drawn larger, then averaged."""
+    fine = max(2, 256 // side)
+    n = side * fine
+    shading = 1 - abs(scene.shade) * np.linspace(0, 1, n)[::1 if scene.shade > 0 else -1]
+    column = (np.array(BACKGROUNDS[scene.background]) * shading[:, None]).round().astype(np.uint8)
+    pixels = np.broadcast_to(column[:, None], (n, n, 3))
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    for thing in scene.things:
+        draw_thing(picture, thing)
+    return picture.reduce(fine)
+
+
+def draw_thing(picture, thing):
+    """Draw a thing, its stripes and its word on a square Pillow image."""
+    n, a = picture.width, np.deg2rad(thing.tilt)
+    turn = [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]
+
+    def place(corners):
+        xy = (corners @ turn) * thing.radius + (thing.x, thing.y)
+        return list(map(tuple, xy * n))
+
+    shape = place(outlines()[thing.shape])
+    colour = np.array(COLOURS[thing.colour])
+    ImageDraw.Draw(picture).polygon(shape, tuple(colour.tolist()))
+    if thing.fill == "striped":  # bars, mixed with 35% white, cut out by the outline
+        bars, inside, black = (Image.new("L", (n, n)) for _ in range(3))
+        for top in np.arange(-0.9, 1, 0.7):
+            bar = np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
+            ImageDraw.Draw(bars).polygon(place(bar), 255)
+        ImageDraw.Draw(inside).polygon(shape, 255)
+        light = (0.65 * colour + 0.35 * 255).round().astype(int)
+        picture.paste(tuple(light.tolist()), mask=Image.composite(bars, black, inside))
+    if thing.word:  # as wide as the thing
+        width = ImageFont.load_default(20).getlength(thing.word)
+        font = ImageFont.load_default(2 * thing.radius * n * 20 / width)
+        shade = (25,) * 3 if colour.sum() > 400 else (250,) * 3
+        middle = thing.x * n, thing.y * n
+        ImageDraw.Draw(picture).text(middle, thing.word, shade, font, "mm", stroke_width=n // 200)
+
+
+def fixed_picture(seed, number, side):
+    """A scene of the fixed set as a Pillow image, side × side."""
+    return render(fixed_scene(seed, number), side)
+
+
+# ------------------------------ batches
+
+def corpus(n=2000, seed=0):
+    """Captions of the world, for learning BPE merges."""
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng, held_out=k % 10 == 0) for k in range(n)]
+    return [describe(s, attributes_in_caption(s, rng), rng) for s in scenes]
+
+
+class ShapeBatches(Dataset):
+    """Rows of batch k of a stage's training: those of process `rank` of `world`.
+
+    clip, decoder: images (b, 3, 64, 64) uint8 and captions. Three scenes of four have two things,
+    since these are harder. For clip each scene stands beside three near misses, and no caption
+    comes twice, since a duplicate would be a false negative. Priors: numbers of fixed scenes, and
+    captions. Upsamplers: (high, low) crops, four of a scene, by upsample.training_crops.
+    split: "train" or "validation".
+    """
+
+    def __init__(self, stage, batch_size, seed, config, rank=0, world=1, split="train", crops=None):
+        self.stage, self.batch_size, self.seed, self.config = stage, batch_size, seed, config
+        self.rows = range(*(batch_size // world * n for n in (rank, rank + 1)))
+        self.held_out, self.crops = split != "train", crops
+        self.fixed_scenes = FIXED_SCENES
+
+    def rng(self, k, n):
+        """The random numbers of row n of batch k."""
+        return np.random.default_rng([self.seed, k, n, 2 * self.held_out])
+
+    def __getitem__(self, k):
+        if self.stage.startswith("upsample"):
+            return self.upsampler_rows(k)
+        if self.stage in ("prior", "ar-prior"):
+            return self.prior_rows(k)
+        return self.captioned_rows(k)
+
+    def upsampler_rows(self, k):
+        """(high, low) crops, uint8, the first row's scene being shared with up to three others."""
+        first = self.rows.start // 4 * 4
+        pairs = []
+        for n in range(first, self.rows.stop, 4):
+            rng = self.rng(k, n)
+            picture = render(random_scene(rng), self.config.image_size)
+            pairs.append(self.crops(picture, self.config, rng, 4))
+        own = slice(self.rows.start - first, self.rows.stop - first)
+        return tuple(torch.cat(part)[own] for part in zip(*pairs))
+
+    def prior_rows(self, k):
+        """Numbers of fixed scenes (b,), the last 1 in 128 being held out, and their captions."""
+        kept = self.fixed_scenes - max(1, self.fixed_scenes // 128)
+        choice = (kept, self.fixed_scenes) if self.held_out else (0, kept)
+        numbers, captions = [], []
+        for n in self.rows:
+            rng = self.rng(k, n)
+            numbers.append(int(rng.integers(*choice)))
+            scene = fixed_scene(self.seed, numbers[-1])
+            captions.append(describe(scene, attributes_in_caption(scene, rng), rng))
+        return torch.tensor(numbers), captions
+
+    def captioned_rows(self, k):
+        """Images (b, 3, 64, 64) uint8 and captions."""
+        scenes, captions = [], []
+        clip = self.stage == "clip"
+        # clip draws all rows, also those of other processes, to have no caption twice
+        for n in range(0, self.batch_size, 4) if clip else self.rows:
+            rng = self.rng(k, n)
+            new = []
+            while not new or clip and len({*new} - {*captions}) < 4:
+                group, named = self.draw_group(rng)
+                new = [describe(scene, named, rng) for scene in group]
+            scenes += group
+            captions += new
+        own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
+        return torch.stack([to_tensor(render(s, 64)) for s in scenes[own]]), captions[own]
+
+    def draw_group(self, rng):
+        """(scenes, attributes that their captions name): for clip with three near misses."""
+        scene = random_scene(rng, 2 if rng.random() < 0.5 else None)
+        named = attributes_in_caption(scene, rng)
+        if self.stage != "clip":
+            return [scene], named
+        if scene.relation and rng.random() < 0.7:  # more to bind
+            named |= {(0, "colour"), (1, "colour"), "relation"}
+        return [scene, *near_misses(scene, named, rng)], named
+
+
+class FixedScenes(Dataset):
+    """Pictures (b, 3, 64, 64) uint8 of the priors' fixed scenes, 256 at once, for embedding."""
+
+    def __init__(self, seed):
+        self.seed, self.fixed_scenes = seed, FIXED_SCENES
+
+    def __len__(self):
+        return -(-self.fixed_scenes // 256)
+
+    def __getitem__(self, k):
+        numbers = range(k * 256, min((k + 1) * 256, self.fixed_scenes))
+        return torch.stack([to_tensor(render(fixed_scene(self.seed, n), 64)) for n in numbers])
