@@ -1,20 +1,20 @@
 """From captions to pictures: the whole chain (fig. 2, §5).
 
-    caption ─► clip_embed ─► states, z_t (B, d) ─► prior ─► z_i (B, d) ─► decoder ─► (B, 3, 64, 64) ─► upsample, twice
-    ─► (B, 3, 256, 256) ─► (B, 3, 1024, 1024)
+    caption ─► clip_embed ─► states, z_t (B, d) ─► prior ─► z_i (B, d) ─► decoder ─► (B, 3, 64, 64)
+    ─► upsample ─► (B, 3, 256, 256) ─► upsample ─► (B, 3, 1024, 1024)
 
 In:   captions, as arguments or one a line in a file
-Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its text chunks;
-      their paths on stdout, one a line, and all else on stderr
+Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its
+      text chunks; their paths on stdout, one a line, and all else on stderr
 
-Each stage's own `sample` is called with its own options; what is not asked for, its checkpoint says. The shipped decoder takes
-10 steps (the paper: 250), for a laptop's sake, and guidance 3. Ours, where the paper is silent: picture k of a run draws its
-noise from generators of its own, seeded by seed + k and the stage, and is the same picture alone or in a batch. As the prior
-draws two z_i, prior and decoder may draw several candidates, and keep the one whose own z_i, as CLIP sees it, surprises the prior
-least, given the caption; once it surprises it little, no more are drawn. (DALL·E, the first, drew 512, and CLIP chose; for the
-shipped weights it is 8 at most, and `--candidates 1` is the paper's chain.)
+Each stage's own `sample` is called with its own options; unset options come from the checkpoint's
+config. Picture k of a run draws its noise from generators of its own, seeded by seed + k and the
+stage: it is the same picture alone or in a batch.
 
-Read: the chain (generate), its networks (load_stack), captions in and pictures out.
+Not in the paper: prior and decoder may draw several candidates for one picture. The diffusion prior
+then says how badly the z_i of each, by CLIP, fits the caption (surprise). The first that fits well
+enough is kept, or else the best. (The first DALL·E drew 512, and CLIP chose.) `--candidates 1` is
+the paper's chain.
 
     python sample.py "a large red circle above a small blue star"
     python sample.py "a red circle" "a striped heart on pink" --n 8 --size 64 --grid
@@ -26,6 +26,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,164 +40,248 @@ import clip_embed
 import decoder
 import prior
 import upsample
-from clip_embed import UserError, one_line_errors, pick_device, read_checkpoint
+from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_picture
+from weights.checkpoints import fingerprint, load_model, read_checkpoint
 
 SHIPPED = Path(__file__).parent / "weights" / "shapes"
 SIZES = (64, 256, 1024)
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
-PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior, and its checkpoint
-BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once: what fits 2 GB
-LARGE = 1e9  # bytes of checkpoints
-# of prior.surprise, which is about 1 for true pictures: with the shipped weights, of candidates for captions of two things, two in
-# five of those with nothing wrong lie below, and one in fifty of the others
-ENOUGH = 1.2
+PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior: its stage
+BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
+LARGE = 1e9  # bytes of checkpoints that are read only when they are used
 
 
-# ----------------------------------------------------------------------------- the chain
+# ------------------------------ the chain: drawing
 
 def generators(stage, seed, pictures, candidate=0):
-    """One torch.Generator for each picture number, seeded by seed + number, the stage and which candidate it is for."""
-    # mixed by numpy: torch's generator on the CPU reads 32 bits of its seed, and would be the same 2³² further on
-    seeds = [np.random.SeedSequence([STAGE_NUMBER[stage], candidate, seed + k]).generate_state(1)[0] for k in pictures]
-    return [torch.Generator().manual_seed(int(number)) for number in seeds]
+    """One torch.Generator for each picture number, seeded by seed + number, stage and candidate."""
+    # numpy mixes the seeds: torch's generator on the CPU reads only 32 bits of its seed
+    seeds = [np.random.SeedSequence([STAGE_NUMBER[stage], candidate, seed + k]) for k in pictures]
+    return [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
 
+
+def rows(text, pictures):
+    """The rows of some pictures in a batch of captions, {name: (B, …)}."""
+    return {k: v[pictures] for k, v in text.items()}
+
+
+def in_batches(network, count, most, run):
+    """run(slice) of `count` pictures, `most` at a time, joined on the CPU; half networks autocast."""
+    p, parts = next(network.parameters()), []
+    for first in range(0, count, most):
+        with torch.autocast(p.device.type, torch.float16, enabled=p.dtype == torch.float16):
+            parts.append(run(slice(first, first + most)).float().cpu())
+    return torch.cat(parts)
+
+
+@dataclass
+class Chain:
+    """The networks of a stack at work on n captions (fig. 2). None: as the checkpoint's config."""
+    stack: dict                          # {stage: network}, as load_stack gives it
+    captions: list                       # "" is unconditional
+    seed: int = 0                        # picture k draws from seed + k
+    bar: bool = False
+    seconds: dict = field(default_factory=dict)  # the time that each stage took
+    prior_kind: str = "diffusion"        # z_i's prior, or "ar"; "text": z_t; "none": zeros (fig. 8)
+    prior_guidance: float | None = None
+    prior_steps: int | None = None
+    variance: str = "analytic"           # of the diffusion prior's steps
+    decoder_guidance: float | None = None
+    decoder_steps: int | None = None
+    eta: float | None = None             # of DDIM; None: ancestral with the learned variance
+    upsample_steps: tuple = (None, None)
+
+    def __post_init__(self):
+        clip, tokenizer = self.stack["clip"], self.stack["tokenizer"]
+        self.device, self.configs = clip.logit_scale.device, {}
+        self.text, self.null = clip_embed.encode_captions(clip, tokenizer, self.captions)
+        self.z_i = self.text["z_t"].cpu() * (self.prior_kind == "text")  # (n, d)
+
+    def run(self, stage, pictures, most, sample, candidate=0, network=None):
+        """sample(network, picture numbers, generators) in batches; the time goes to `seconds`."""
+        began, network = time.perf_counter(), self.stack[network or stage]
+        self.configs[stage] = network.config
+        drawn = in_batches(network, len(pictures), most, lambda part: sample(
+            network, pictures[part], generators(stage, self.seed, pictures[part], candidate)))
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - began
+        return drawn
+
+    def draw(self, pictures, candidate=0):
+        """Images (·, 3, 64, 64) of some captions, each from a z_i of its own (§2.1, §2.2)."""
+        bar = self.bar and not candidate
+
+        def diffusion(network, some, noise):
+            return prior.sample(network, rows(self.text, some), self.null, noise,
+                                self.prior_guidance, self.prior_steps, variance=self.variance,
+                                bar=bar)
+
+        def autoregressive(network, some, noise):
+            guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
+            return prior.ar_sample(network, rows(self.text, some), self.null, noise, guidance,
+                                   bar=bar)
+
+        def decode(network, some, noise):
+            return decoder.sample(network, self.z_i[some].to(self.device), rows(self.text, some),
+                                  self.null, noise, self.decoder_guidance, self.decoder_steps,
+                                  self.eta, bar=bar)
+
+        samplers = {"prior": diffusion, "ar-prior": autoregressive}
+        network = PRIORS[self.prior_kind]
+        if network:
+            self.z_i[pictures] = self.run("prior", pictures, 256, samplers[network], candidate,
+                                          network)
+        return self.run("decoder", pictures, BATCH[64], decode, candidate)
+
+    def enlarge(self, images, size):
+        """Images (n, 3, 64, 64) → (n, 3, size, size) by the upsamplers (§2.1)."""
+        for large, steps in zip(SIZES[1:SIZES.index(size) + 1], self.upsample_steps):
+            def enlarge(network, some, noise, small=images, steps=steps):
+                return upsample.sample(network, small[some].to(self.device), noise, steps,
+                                       bar=self.bar)
+
+            pictures = list(range(len(images)))
+            images = self.run(f"upsample-{large}", pictures, BATCH[large], enlarge)
+        return images
+
+
+# ------------------------------ the chain: choosing
 
 @torch.no_grad()
-def generate(stack, captions, seed=0, size=64, prior_kind="diffusion", prior_guidance=None, prior_steps=None, variance="analytic",
-             decoder_guidance=None, decoder_steps=None, eta=None, candidates=None, upsample_steps=(None, None), bar=False,
-             seconds=None):
-    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions; "" is unconditional (§2, fig. 2).
+def surprise(model, z_i, text, steps=32):
+    """How badly a diffusion prior restores each z_i (B, d) from noise, given its caption: (B,).
 
-    prior_kind (§5.1, fig. 8): z_i from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none"). The other
-    options are those of each stage's `sample`; None is what its checkpoint says, eta None ancestral sampling. candidates: pictures
-    drawn at most for each caption, of z_i and noise of their own; the first whose z_i, as CLIP sees it, surprises the diffusion prior
-    less than ENOUGH is kept, or the one that surprises it least; of "" the first. That takes a CLIP with eyes and a prior in the
-    stack whose errors were measured: without, the default is one candidate, and more raise UserError. `seconds`, a dictionary,
-    gathers the time that each stage took.
+    ‖x_0 − x̂_0‖²/d in units of the prior's `errors`, the mean over `steps` timesteps: 1 on average
+    for training pairs, infinite if `errors` were never estimated. All calls share one noise. Not in
+    the paper (compare the diffusion classifier, Li et al. 2023).
     """
-    seconds, configs, everything = {} if seconds is None else seconds, {}, list(range(len(captions)))
-    device = stack["clip"].logit_scale.device
+    alphas_cumprod, noise = prior.cosine_schedule(), torch.Generator().manual_seed(0)
+    z_0, cache, total = z_i * prior.scale(z_i.shape[1]), [], 0
+    for rung in prior.ladder(steps, len(alphas_cumprod) - 1):
+        t = torch.full((len(z_0),), rung, device=z_0.device)
+        eps = torch.randn(z_0.shape[1], generator=noise).to(z_0.device)
+        x_0 = model(prior.q_sample(z_0, t, eps, alphas_cumprod), t, text, cache)
+        total = total + (z_0 - x_0).square().mean(1) / model.errors[rung]
+    return total / steps
 
-    def in_batches(stage, pictures, most, run, candidate=0, kind=None):
-        began, parts, network = time.perf_counter(), [], stack[kind or stage]
-        half, configs[stage] = next(network.parameters()).dtype == torch.float16, network.config
-        for first in range(0, len(pictures), most):
-            some = pictures[first:first + most]
-            with torch.autocast(device.type, torch.float16, enabled=half):
-                parts.append(run(network, some, generators(stage, seed, some, candidate)).float().cpu())
-        seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - began
-        return torch.cat(parts)
 
-    text, null = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)
-    z_i = text["z_t"].cpu() * (prior_kind == "text")
-    of = lambda some: {k: v[some] for k, v in text.items()}
+def can_choose(stack):
+    """Whether a stack has all that `surprises` needs: CLIP's image tower and a prior's errors."""
+    return bool(stack["clip"].visual and "prior" in stack and stack["prior"].errors.any())
 
-    def draw(pictures, candidate, bar):
-        if prior_kind == "diffusion":
-            z_i[pictures] = in_batches("prior", pictures, 256, lambda network, some, noise: prior.sample(
-                network, of(some), null, noise, prior_guidance, prior_steps, variance=variance, bar=bar), candidate)
-        elif prior_kind == "ar":
-            z_i[pictures] = in_batches("prior", pictures, 256, lambda network, some, noise: prior.ar_sample(
-                network, of(some), null, noise, 1.0 if prior_guidance is None else prior_guidance, bar=bar), candidate, "ar-prior")
-        return in_batches("decoder", pictures, BATCH[64], lambda network, some, noise: decoder.sample(
-            network, z_i[some].to(device), of(some), null, noise, decoder_guidance, decoder_steps, eta, bar=bar), candidate)
 
-    def can_judge():
-        return stack["clip"].visual is not None and "prior" in stack and bool(stack["prior"].errors.any())
+def surprises(chain, pictures, images):
+    """The surprise of z_i of each image (·, 3, 64, 64), given its picture's caption."""
+    began, clip, judge = time.perf_counter(), chain.stack["clip"], chain.stack["prior"]
+    z_i = in_batches(clip, len(pictures), BATCH[64], lambda part: clip_embed.encode_pictures(
+        clip, images[part]))
+    values = in_batches(judge, len(pictures), BATCH[64], lambda part: surprise(
+        judge, z_i[part].to(chain.device), rows(chain.text, pictures[part])))
+    chain.seconds["judge"] = chain.seconds.get("judge", 0) + time.perf_counter() - began
+    return values
 
-    def surprise(pictures, drawn):
-        began, surprises, clip, judge = time.perf_counter(), [], stack["clip"], stack["prior"]
-        for first in range(0, len(pictures), BATCH[64]):
-            some = slice(first, first + BATCH[64])
-            seen = clip.encode_image(clip_embed.preprocess_tensor(drawn[some].to(device), clip.config.image_size))
-            with torch.autocast(device.type, torch.float16, enabled=judge.errors.dtype == torch.float16):
-                surprises.append(prior.surprise(judge, seen, of(pictures[some])).float().cpu())
-        seconds["judge"] = seconds.get("judge", 0) + time.perf_counter() - began
-        return torch.cat(surprises)
 
-    if candidates is not None and candidates > 1 and not can_judge():
-        raise UserError("candidates are compared by CLIP's image tower and the diffusion prior's errors (prior.pt, trained to its end), "
-                        "and one of them is missing: draw one (--candidates 1)")
-    images, best = draw(everything, 0, bar), torch.full((len(captions),), math.inf)
-    candidates = candidates or configs["decoder"].candidates
-    left = [k for k, caption in enumerate(captions) if caption] if candidates > 1 and can_judge() else []
+def choose(chain, images, candidates):
+    """Replace images by candidates that surprise the prior less, until `enough` or the last.
+
+    Each candidate has a z_i and noise of its own. Unconditional pictures stay.
+    """
+    left = [k for k, caption in enumerate(chain.captions) if caption]
+    best = torch.full((len(images),), math.inf)
     if left:
-        best[left] = surprise(left, images[left])
-    for c in tqdm(range(1, candidates), "candidates", disable=not bar or not left):
-        left = [k for k in left if best[k] > ENOUGH]
+        best[left] = surprises(chain, left, images[left])
+    bar = tqdm(range(1, candidates), "candidates", disable=not chain.bar or not left)
+    for candidate in bar:
+        left = [k for k in left if best[k] > chain.configs["decoder"].enough]
         if not left:
             break
-        drawn = draw(left, c, False)
-        for k, image, value in zip(left, drawn, surprise(left, drawn)):
+        drawn = chain.draw(left, candidate)
+        for k, image, value in zip(left, drawn, surprises(chain, left, drawn)):
             if value < best[k]:
                 images[k], best[k] = image, value
-    for large, steps in zip(SIZES[1:SIZES.index(size) + 1], upsample_steps):
-        small = images
-        images = in_batches(f"upsample-{large}", everything, BATCH[large], lambda network, some, noise: upsample.sample(
-            network, small[some].to(device), noise, steps, bar=bar))
     return images
 
 
-# ----------------------------------------------------------------------------- its networks
+@torch.no_grad()
+def generate(stack, captions, seed=0, size=64, candidates=None, seconds=None, **options):
+    """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions (§2, fig. 2).
+
+    candidates: pictures drawn at most for each caption; None is the decoder's config, or 1 without
+    a judge (can_choose). seconds: a dictionary for each stage's time. options: Chain's. Raises
+    UserError.
+    """
+    chain = Chain(stack, captions, seed, seconds={} if seconds is None else seconds, **options)
+    if candidates and candidates > 1 and not can_choose(stack):
+        raise UserError("candidates are compared by CLIP's image tower and the diffusion prior's "
+                        "errors (prior.pt, trained to its end), and one of them is missing: draw "
+                        "one (--candidates 1)")
+    images = chain.draw(list(range(len(captions))))
+    candidates = candidates or chain.configs["decoder"].candidates
+    if candidates > 1 and can_choose(stack):
+        images = choose(chain, images, candidates)
+    return chain.enlarge(images, size)
+
+
+# ------------------------------ its networks
 
 class Stages(dict):
-    """{stage: network}; a network that is still a recipe (a partial) is made each time it is asked for, and kept by nobody."""
+    """{stage: network}; a network given as a partial is built at each use and kept by nobody."""
 
     def __getitem__(self, stage):
         value = super().__getitem__(stage)
         return value() if isinstance(value, partial) else value
 
 
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None, bpe=None, lean=False, judge=False):
-    """The networks that a picture of `size` needs, from a folder of checkpoints: {"clip", "tokenizer", "prior", …}.
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
+               bpe=None, lean=False, judge=False):
+    """{"clip", "tokenizer", "prior", …}: the networks for pictures of `size`, from a folder.
 
-    prior_kind is one of PRIORS. clip_path, bpe: a CLIP from elsewhere, as clip_embed.load_clip reads it, in place of the folder's
-    clip.pt. Raises UserError where a checkpoint is missing, damaged, of another stage, or belongs to another CLIP. lean: where
-    they are LARGE together, read each when it is asked for (Stages), on GPUs in half precision, for which generate is made. judge:
-    bring the diffusion prior, if there is one, along to judge candidates, whatever prior_kind is.
+    prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
+    clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
+    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one, to judge
+    candidates. Raises UserError for a checkpoint that is missing, damaged, or of another CLIP.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
     clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
-    stack = {"clip": clip, "tokenizer": tokenizer}
-    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig),
+             "ar-prior": (prior.ARPrior, prior.ARConfig)}
     wanted = {PRIORS[prior_kind], "prior" if judge and (weights / "prior.pt").exists() else None}
-    kinds = {k: v for k, v in kinds.items() if k in wanted} | {"decoder": (decoder.Decoder, decoder.DecoderConfig)}
+    kinds = {stage: kind for stage, kind in kinds.items() if stage in wanted}
+    kinds["decoder"] = (decoder.Decoder, decoder.DecoderConfig)
     for large in SIZES[1:SIZES.index(size) + 1]:
         kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
-    mark = clip_embed.fingerprint(clip)
+    mark = fingerprint(clip)
     paths = {stage: weights / f"{stage}.pt" for stage in kinds}
-    large = lean and all(path.exists() for path in paths.values()) and sum(path.stat().st_size for path in paths.values()) > LARGE
+    bytes_of = [path.stat().st_size if path.exists() else -math.inf for path in paths.values()]
+    large = lean and sum(bytes_of) > LARGE
 
     def load(stage):
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
-        network = clip_embed.load_model(*kinds[stage], checkpoint, paths[stage])
+        network = load_model(*kinds[stage], checkpoint, paths[stage])
         half = large and torch.device(device).type == "cuda"
-        layout = torch.preserve_format if large else torch.channels_last  # convolves faster, but its copies take memory
+        # channels_last convolves faster, but its copies take memory
+        layout = torch.preserve_format if large else torch.channels_last
         return network.to(device, torch.float16 if half else torch.float32, memory_format=layout)
 
-    clip.to(device)
+    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
     return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
 
 
-# ----------------------------------------------------------------------------- captions in, pictures out
+# ------------------------------ captions in, pictures out
 
 def gather_captions(arguments, file):
-    """The captions given as arguments and those in a file, one a line, blank lines left out. Raises UserError."""
+    """The captions given as arguments and those in a file, one a line. Raises UserError."""
     captions = list(arguments)
     if file:
         try:
-            captions += [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
+        captions += [line.strip() for line in lines if line.strip()]
     if not captions:
-        raise UserError('no caption: give one, as in  python sample.py "a large red circle above a small blue star"')
+        raise UserError("no caption: give one, as in  "
+                        'python sample.py "a large red circle above a small blue star"')
     return captions
-
-
-def to_picture(image):
-    """A tensor (3, H, W) in [-1, 1] → a Pillow image."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def grid(images, columns):
@@ -209,7 +294,10 @@ def grid(images, columns):
 
 
 def save_png(picture, folder, name, **chunks):
-    """Write folder/NNNN-name.png under the first free number, with text chunks; returns its path. Raises UserError."""
+    """Write folder/NNNN-name.png under the next free number, with text chunks; returns its path.
+
+    Raises UserError.
+    """
     info, file = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
@@ -231,70 +319,82 @@ def save_png(picture, folder, name, **chunks):
         raise UserError(f"{folder}: cannot write there ({error})") from None
 
 
-def main():
-    """The script: what --help says."""
+def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights know a world of one or two "
-        "shapes: circle, square, triangle, star, heart, cross; red, orange, yellow, green, blue, purple, black; small or large; "
-        "solid or striped; left of, right of, above, below; on a white, gray, pink or mint background.",
-        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 ignores the condition. "
-        "Defaults of guidance and steps are the shipped weights'; others bring their own.")
-    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
-    parser.add_argument("--file", help="a text file of captions, one a line")
-    parser.add_argument("--n", type=int, default=1, help="pictures a caption (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
-    parser.add_argument("--size", type=int, choices=SIZES, help="pixels a side (default: as many as the weights allow; 1024)")
-    parser.add_argument("--prior", dest="prior_kind", default="diffusion", choices=PRIORS, help="where z_i comes from: a prior, "
-                        "diffusion (default) or ar (autoregressive); text: z_t in its place; none: the caption alone (fig. 8)")
-    parser.add_argument("--prior-guidance", type=float, help="default 1, no guidance (§5: in the prior it hurt)")
-    parser.add_argument("--prior-steps", type=int, help="of the diffusion prior: default 64, as in the paper")
-    parser.add_argument("--variance", default="analytic", choices=["analytic", "fixed-small"],
-                        help="of the diffusion prior's steps (default analytic, as in the paper)")
-    parser.add_argument("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
-    parser.add_argument("--decoder-steps", type=int, help="default 10, for a laptop (the paper: 250)")
-    parser.add_argument("--candidates", type=int, help="pictures drawn at most for one, each of a z_i and noise of its own, until "
-                        "the prior finds one that fits the caption; else the best is kept: default 8 (the paper: 1)")
-    parser.add_argument("--eta", type=float, help="decode by DDIM with this eta (default: ancestral, with the learned variance, "
-                        "as in the paper)")
-    parser.add_argument("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
-                        help="default 27 15, as in the paper")
-    parser.add_argument("--grid", action="store_true", help="also save all pictures on one sheet; with --n, a caption a row")
-    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: the shipped ones)")
-    parser.add_argument("--clip", metavar="PATH", help="the CLIP they were trained with, where it is not that folder's clip.pt")
-    parser.add_argument("--bpe", metavar="PATH", help="its merges file, where none lies beside it")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the pictures (default samples/)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights "
+        "know a world of one or two shapes: circle, square, triangle, star, heart, cross; red, "
+        "orange, yellow, green, blue, purple, black; small or large; solid or striped; left of, "
+        "right of, above, below; on a white, gray, pink or mint background.",
+        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 "
+        "ignores the condition. Defaults of guidance and steps are the shipped weights'; others "
+        "bring their own.")
+    add = parser.add_argument
+    add("captions", nargs="*", metavar="CAPTION", help="what to draw")
+    add("--file", help="a text file of captions, one a line")
+    add("--n", type=int, default=1, help="pictures a caption (default 1)")
+    add("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
+    add("--size", type=int, choices=SIZES, help="pixels a side (default: the weights' largest)")
+    add("--prior", dest="prior_kind", default="diffusion", choices=PRIORS, help="z_i's source: "
+        "diffusion (default) or ar (autoregressive) prior; text: z_t; none: no z_i (fig. 8)")
+    add("--prior-guidance", type=float, help="default 1, no guidance (§5: in the prior it hurt)")
+    add("--prior-steps", type=int, help="of the diffusion prior (default 64, as in the paper)")
+    add("--variance", default="analytic", choices=["analytic", "fixed-small"],
+        help="of the diffusion prior's steps (default analytic, as in the paper)")
+    add("--decoder-guidance", type=float, help="default 3 (the paper for table 2: 1.25)")
+    add("--decoder-steps", type=int, help="default 10, for a laptop (the paper: 250)")
+    add("--candidates", type=int, help="draw up to so many pictures for one, until the prior finds "
+        "one that fits the caption; else keep the best (default 8; the paper: 1)")
+    add("--eta", type=float, help="decode by DDIM with this eta (default: ancestral)")
+    add("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
+        help="default 27 15, as in the paper")
+    add("--grid", action="store_true", help="also save one sheet; with --n, a caption a row")
+    add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: shipped)")
+    add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
+    add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
+    add("--out", type=Path, default=Path("samples"), help="folder (default samples/)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
+    check_ranges(args, n=(1, 10_000), seed=(0, 1 << 48), prior_steps=(1, 1000),
+                 decoder_steps=(1, 990), prior_guidance=(0, 100), decoder_guidance=(0, 100),
+                 eta=(0, 1), candidates=(1, 1000), upsample_steps=(1, 900))
+    return args
+
+
+def describe_options(options):
+    """The options of a run as text, for the pictures' text chunks."""
+    defaults = {name: "default" for name in options} | {"eta": "ancestral"}
+    return ", ".join(f"{name.replace('_', '-')} "
+                     f"{defaults[name] if value in (None, (None, None)) else value}"
+                     for name, value in options.items())
+
+
+def main():
     with one_line_errors():
+        args = parse_arguments()
         captions = gather_captions(args.captions, args.file)
-        for name, low, high in (("n", 1, 10_000), ("seed", 0, 1 << 48), ("prior_steps", 1, 1000), ("decoder_steps", 1, 990),
-                                ("prior_guidance", 0, 100), ("decoder_guidance", 0, 100), ("eta", 0, 1), ("candidates", 1, 1000)):
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
-        if any(s is not None and not 1 <= s <= 900 for s in args.upsample_steps):
-            raise UserError(f"--upsample-steps {' '.join(map(str, args.upsample_steps))}: both must be between 1 and 900")
-        size = args.size or max(s for s in SIZES if s == 64 or (args.weights / f"upsample-{s}.pt").exists())
-        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind, args.clip, args.bpe, lean=True,
-                           judge=args.candidates != 1)
+        size = args.size or max(s for s in SIZES if s == 64
+                                or (args.weights / f"upsample-{s}.pt").exists())
+        stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind,
+                           args.clip, args.bpe, lean=True, judge=args.candidates != 1)
         captions = [caption for caption in captions for _ in range(args.n)]
-        options = {k: getattr(args, k) for k in ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
-                                                 "decoder_steps", "eta", "candidates", "upsample_steps")}
-        unsaid = {"eta": "ancestral"}
-        settings = ", ".join(f"{k.replace('_', '-')} {unsaid.get(k, 'default') if v in (None, (None, None)) else v}"
-                             for k, v in options.items())
-        seconds, sheet = {}, []
-        for first in range(0, len(captions), BATCH[64]):  # a batch is saved before the next one begins
+        names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
+                 "decoder_steps", "eta", "candidates", "upsample_steps")
+        options = {name: getattr(args, name) for name in names}
+        settings, seconds, sheet = describe_options(options), {}, []
+        for first in range(0, len(captions), BATCH[64]):  # each batch is saved before the next
             some = captions[first:first + BATCH[64]]
-            images = generate(stack, some, args.seed + first, size, **options, bar=True, seconds=seconds)
+            images = generate(stack, some, args.seed + first, size, seconds=seconds, bar=True,
+                              **options)
             for k, (caption, image) in enumerate(zip(some, images), args.seed + first):
-                print(save_png(to_picture(image), args.out, caption, caption=caption, seed=k, settings=settings), flush=True)
+                print(save_png(to_picture(image), args.out, caption, caption=caption, seed=k,
+                               settings=settings), flush=True)
             sheet += images if args.grid else []
         if args.grid:
             columns = args.n if args.n > 1 else math.ceil(len(sheet) ** 0.5)
-            print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions), seed=args.seed,
-                           settings=settings))
-        print("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()), file=sys.stderr)
+            print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions),
+                           seed=args.seed, settings=settings))
+        times = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
+        print(f"seconds: {times}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import sample
 import train
 import upsample
 from clip_embed import UserError
+from data import shapes
+from weights import checkpoints
 
 TINY = {
     clip_embed: clip_embed.CLIPConfig(embed_dim=16, image_size=64, vision_patch_size=32, vision_width=16, vision_layers=1, vision_heads=1,
@@ -38,19 +40,19 @@ def tiny(monkeypatch, tmp_path):
     for module, config in TINY.items():
         monkeypatch.setitem(prior.AR_PRESETS if module == "ar-prior" else module.PRESETS, "shapes", config)
     monkeypatch.setitem(train.RECIPES, "shapes", {stage: train.Recipe(4, 4, 1e-3, 0.1, ema_decay=0.9, warmup=2) for stage in train.STAGES})
-    monkeypatch.setattr(train, "FIXED_SCENES", 20)
+    monkeypatch.setattr(shapes, "FIXED_SCENES", 20)
     monkeypatch.setattr(train, "VALIDATION", 2)
-    monkeypatch.setattr(train, "corpus", lambda: ["a red circle", "a small blue star"])
+    monkeypatch.setattr(shapes, "corpus", lambda: ["a red circle", "a small blue star"])
     monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
     monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
                               init=None, data=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2,
-                              dry_run=False, given="z_i", only=(), words=0.0)
+                              dry_run=False, given="z_i")
 
 
 def stopped_after(monkeypatch, saves):
     """Make train die, as by a power cut, right after its `saves`-th checkpoint."""
-    write, count = train.save_atomically, itertools.count(1)
+    write, count = checkpoints.save_atomically, itertools.count(1)
 
     def save(content, path):
         write(content, path)
@@ -71,7 +73,7 @@ def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
         (parts.out / "clip.pt").write_bytes((tiny.out / "clip.pt").read_bytes())
     train.train(stage, whole, torch.device("cpu"))
     with monkeypatch.context() as patch:
-        stopped_after(patch, 2 if stage in ("prior", "ar-prior") else 1)  # the priors save their scenes' z_i first
+        stopped_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train.train(stage, parts, torch.device("cpu"))
     parts.resume, parts.workers = True, 1
@@ -94,7 +96,7 @@ def test_a_run_is_not_overwritten_and_a_bad_loss_stops_it(tiny, monkeypatch):
         train.train("upsample-256", tiny, torch.device("cpu"))
     before = (tiny.out / "upsample-256.pt").read_bytes()
     tiny.resume, tiny.steps = True, 6
-    monkeypatch.setattr(upsample, "upsampler_loss", lambda model, high, low: model(high, torch.zeros(len(high)), low).mean() * float("nan"))
+    monkeypatch.setattr(upsample, "upsampler_loss", lambda model, high, low, generators: model(high, torch.zeros(len(high)), low).mean() * float("nan"))
     with pytest.raises(UserError, match="loss at step 4 is nan"):
         train.train("upsample-256", tiny, torch.device("cpu"))
     assert (tiny.out / "upsample-256.pt").read_bytes() == before
@@ -112,26 +114,6 @@ def test_init_starts_from_a_checkpoints_weights(tiny):
         train.train("upsample-1024", argparse.Namespace(**vars(tiny) | {"init": resaved(tiny.init, stage="upsample-1024")}), torch.device("cpu"))
 
 
-def test_only_trains_the_parameters_that_it_names_and_leaves_the_others_as_init_has_them(tiny):
-    """The rest keeps its very bytes, through weight decay, EMA, a resumption and the export: that is what lets it be stored once."""
-    train.train("upsample-256", tiny, torch.device("cpu"))
-    train.export(tiny.out, tiny.out.parent / "first", ["upsample-256"])
-    tiny.init, tiny.out, tiny.only = tiny.out.parent / "first/upsample-256.pt", tiny.out.parent / "some", ("time_embed", "conv_out")
-    train.train("upsample-256", tiny, torch.device("cpu"))
-    tiny.resume, tiny.steps = True, 6
-    train.train("upsample-256", tiny, torch.device("cpu"))
-    train.export(tiny.out, tiny.out.parent / "second", ["upsample-256"])
-    first, second = (torch.load(tiny.out.parent / name / "upsample-256.pt", weights_only=True) for name in ("first", "second"))
-    changed = {k for k in first["model"] if not torch.equal(first["model"][k], second["model"][k])}
-    assert changed == {k for k in first["model"] if "time_embed" in k or "conv_out" in k}
-    assert second["trained"]["recipe"]["only"] == ("time_embed", "conv_out")
-    with pytest.raises(UserError, match=r"trained with another only: .*conv_out.*, not \(\)"):
-        train.train("upsample-256", argparse.Namespace(**vars(tiny) | {"only": ()}), torch.device("cpu"))
-    tiny.only, tiny.out = ("time_embed", "conv_uot"), tiny.out.parent / "none"
-    with pytest.raises(UserError, match="--only conv_uot: no parameter of the upsample-256 is called so"):
-        train.train("upsample-256", tiny, torch.device("cpu"))
-
-
 def resaved(path, **changes):
     """The path of a copy of a checkpoint in which some entries are others."""
     copy = path.with_name("copy.pt")
@@ -141,10 +123,10 @@ def resaved(path, **changes):
 
 def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
-    train.save_atomically({"a": 1}, path)
+    checkpoints.save_atomically({"a": 1}, path)
     monkeypatch.setattr(torch, "save", lambda content, to: (to.write(b"half"), (_ for _ in ()).throw(OSError("disk full")))[1].__next__())
     with pytest.raises(UserError, match="x.pt: could not be written .disk full.; what was there before still is: make room"):
-        train.save_atomically({"a": 2}, path)
+        checkpoints.save_atomically({"a": 2}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
     assert torch.load(path, weights_only=True) == {"a": 1}
 
@@ -163,7 +145,7 @@ def weights(tmp_path_factory):
                 torch.nn.init.normal_(p, std=0.05)
         for b in model.buffers():
             torch.nn.init.uniform_(b, 0.01, 0.1)
-        mark = {"clip": clip_embed.fingerprint(clip)} if stage in ("prior", "ar-prior", "decoder") else {}
+        mark = {"clip": checkpoints.fingerprint(clip)} if stage in ("prior", "ar-prior", "decoder") else {}
         torch.save({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "merges": [], **mark}, folder / f"{stage}.pt")
     return folder
 
@@ -229,17 +211,19 @@ def candidates(stack, captions, monkeypatch, **options):
 
 
 def surprise_of(stack, picture, caption):
-    """prior.surprise of one picture's z_i, seen as a file's would be."""
+    """The surprise of one picture's z_i, seen as a file's would be."""
     clip = stack["clip"]
     text = clip_embed.encode_captions(clip, stack["tokenizer"], [caption])[0]
-    pixels = clip_embed.preprocess(sample.to_picture(picture), clip.config.image_size)
-    return float(prior.surprise(stack["prior"], clip.encode_image(pixels), text))
+    pixels = clip_embed.preprocess(clip_embed.to_square(clip_embed.to_picture(picture), clip.config.image_size), clip.config.image_size)
+    return float(sample.surprise(stack["prior"], clip.encode_image(pixels), text))
 
 
 @pytest.mark.parametrize("kind", sample.PRIORS)
 def test_of_several_candidates_the_one_is_kept_that_surprises_the_prior_least(kind, weights, monkeypatch):
+    checkpoint = torch.load(weights / "decoder.pt", weights_only=True)
+    checkpoint["config"]["enough"] = 0
+    torch.save(checkpoint, weights / "decoder.pt")
     stack, captions = sample.load_stack(weights, prior_kind=kind, judge=True), ["a star", "", "a blue heart", "a red circle on mint"]
-    monkeypatch.setattr(sample, "ENOUGH", 0)
     first = sample.generate(stack, captions, seed=30, prior_kind=kind, candidates=1, **OPTIONS)
     kept, rounds = candidates(stack, captions, monkeypatch, seed=30, prior_kind=kind, candidates=4)
     assert [len(drawn) for _, drawn in rounds] == [4, 3, 3, 3] and torch.equal(rounds[0][1], first)
@@ -261,9 +245,10 @@ def test_no_more_candidates_are_drawn_of_a_caption_once_one_surprises_little(wei
     stack, captions = sample.load_stack(weights), ["a star", "a blue heart", "a red circle on mint", "a cross"]
     first = sample.generate(stack, captions, seed=30, candidates=1, **OPTIONS)
     surprises = [surprise_of(stack, *pair) for pair in zip(first, captions)]
-    monkeypatch.setattr(sample, "ENOUGH", sum(sorted(surprises)[1:3]) / 2)  # two of the first pictures do
+    enough = sum(sorted(surprises)[1:3]) / 2  # two of the first pictures do
+    stack["decoder"].config = replace(stack["decoder"].config, enough=enough)
     kept, rounds = candidates(stack, captions, monkeypatch, seed=30, candidates=9)
-    happy = [k for k in range(4) if surprises[k] < sample.ENOUGH]
+    happy = [k for k in range(4) if surprises[k] < enough]
     assert len(happy) == 2 and all(torch.equal(kept[k], first[k]) for k in happy)
     z_t = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"]
     for seen, drawn in rounds[1:]:
@@ -308,7 +293,6 @@ def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weight
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", "0"], "--steps 0: must be between 1"), (["--seed", "-1"], "--seed -1: must be between 0"),
     (["--learning-rate", "nan"], "--learning-rate nan"), (["--device", "toaster"], "not available here"),
-    (["--only", "qkv"], "--only qkv: the rest needs weights; say by --init which"),
     ([], "clip.pt: no such file; expected the clip checkpoint that `python train.py clip` writes"),
 ])
 def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, monkeypatch, capsys, tmp_path):
@@ -319,7 +303,7 @@ def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, mo
 
 
 @pytest.mark.parametrize("script, arguments", [
-    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (prior, ["x", "--percentile", "101"]), (prior, ["x", "--temperature", "nan"]), (decoder, ["p.png", "--steps", "991"]),
+    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (prior, ["x", "--guidance", "101"]), (prior, ["x", "--guidance", "nan"]), (decoder, ["p.png", "--steps", "991"]),
     (decoder, ["p.png", "--out", "strip"]), (upsample, ["p.png", "--out", "strip"]), (upsample, ["missing.png"]),
 ])
 def test_wrong_use_of_a_stage_is_one_line_and_exit_status_2(script, arguments, weights, monkeypatch, capsys):
@@ -363,7 +347,7 @@ def test_a_stage_in_anothers_place_and_another_clip_are_named(weights, tmp_path)
 
 def test_every_script_of_a_stage_runs(weights, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "p.png"
-    train.render(train.random_scene(np.random.default_rng(0)), 64).save(picture)
+    shapes.render(shapes.random_scene(np.random.default_rng(0)), 64).save(picture)
     run(clip_embed, monkeypatch, picture, "a red circle", "a star", "--clip", weights / "clip.pt", "--device", "cpu")
     assert "a star" in capsys.readouterr().out
     run(prior, monkeypatch, "a red circle", "--weights", weights, "--steps", 3, "--n", 3, "--device", "cpu")
@@ -377,10 +361,10 @@ def test_every_script_of_a_stage_runs(weights, tmp_path, monkeypatch, capsys):
 def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path, capsys):
     for stage in train.STAGES:
         train.train(stage, tiny, torch.device("cpu"))
-    train.export(tiny.out, tmp_path / "shipped")
+    checkpoints.export(tiny.out, tmp_path / "shipped", train.STAGES)
     (tiny.out / "ar-prior.pt").unlink()
     capsys.readouterr()
-    train.export(tiny.out, tmp_path / "without")
+    checkpoints.export(tiny.out, tmp_path / "without", train.STAGES)
     assert "ar-prior.pt: not trained yet, left out" in capsys.readouterr().err and len(list((tmp_path / "without").iterdir())) == 5
     small = torch.load(tmp_path / "shipped" / "decoder.pt", weights_only=True)
     assert "training" not in small and {v.dtype for v in small["model"].values()} == {torch.float16} and small["trained"]["step"] == 4
@@ -398,15 +382,15 @@ def test_the_priors_checkpoints_hold_what_sampling_needs(tiny):
     errors = checkpoint["model"]["errors"]
     assert errors.shape == (1000,) and (errors > 0).all() and errors.isfinite().all()
     assert errors[0] < errors[500] < errors[999] and not checkpoint["training"]["model"]["errors"].any()
-    z_i = torch.load(next(tiny.out.glob("z_i-*.pt")), weights_only=True)
+    z_i = torch.from_numpy(np.load(next(tiny.out.glob("z_i-*.npy"))))
     checkpoint = torch.load(tiny.out / "ar-prior.pt", weights_only=True)
-    model = clip_embed.load_model(prior.ARPrior, prior.ARConfig, checkpoint, "ar-prior.pt")
+    model = checkpoints.load_model(prior.ARPrior, prior.ARConfig, checkpoint, "ar-prior.pt")
     lost = (model.decode(model.encode(z_i)) - z_i).square().sum() / (z_i - z_i.mean(0)).square().sum()
     assert lost < 0.02 and (model.dot_edges.diff() >= 0).all() and model.dot_edges.abs().max() <= 1
 
 
 def test_z_i_that_cannot_be_coded_stops_training_with_one_line(tiny, monkeypatch):
     train.train("clip", tiny, torch.device("cpu"))
-    monkeypatch.setattr(train, "FIXED_SCENES", 10)
+    monkeypatch.setattr(shapes, "FIXED_SCENES", 10)
     with pytest.raises(UserError, match="ar-prior: z_i of 10 pictures: PCA: 10 embeddings cannot give 16 components"):
         train.train("ar-prior", tiny, torch.device("cpu"))

@@ -21,7 +21,9 @@ import train
 import upsample
 from caption_accuracy import read_scene
 from clip_embed import UserError
+from data import shapes
 from manipulate import decode, interpolate, invert, pca_reconstruct, slerp, text_diff, variations
+from weights import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def stack():
 @pytest.fixture
 def weights(stack, tmp_path):
     """The stack as a folder of checkpoints."""
-    mark, folder = clip_embed.fingerprint(stack["clip"]), tmp_path / "weights"
+    mark, folder = checkpoints.fingerprint(stack["clip"]), tmp_path / "weights"
     folder.mkdir()
     for stage in ("clip", "ar-prior", "decoder", "upsample-256", "upsample-1024"):
         torch.save({"stage": stage, "config": vars(stack[stage].config), "model": stack[stage].state_dict(), "clip": mark,
@@ -119,7 +121,7 @@ def test_inversion_and_decoding_ask_the_decoder_alike_and_z_i_is_clips(stack, mo
     monkeypatch.setattr(decoder, "sample", lambda *given, **named: (calls.append((given, named)), draw(*given, **named))[1])
     z_i, x_T = invert(stack, images, ["a red circle", "a small blue star"], steps=4, seed=1)
     decode(stack, z_i[:, None], x_T[:, None], ["a red circle", "a small blue star"], steps=4)
-    want = stack["clip"].encode_image(clip_embed.preprocess_tensor(images, stack["clip"].config.image_size))
+    want = stack["clip"].encode_image(clip_embed.preprocess(images, stack["clip"].config.image_size))
     assert torch.allclose(z_i, want, atol=1e-6) and torch.allclose(z_i.norm(dim=1), torch.ones(2), atol=1e-5)
     (_, (_, _, inverted_z_i, inverted_text, _, inverted_steps, _)), = asked
     ((_, decoded_z_i, text, _, _, guidance, steps, eta, start), named), = calls
@@ -130,8 +132,8 @@ def test_inversion_and_decoding_ask_the_decoder_alike_and_z_i_is_clips(stack, mo
 
 def test_two_pictures_are_inverted_with_noise_of_their_own(stack, picture, monkeypatch):
     monkeypatch.setattr(decoder, "invert", lambda model, x_0, z_i, text, noise, *rest: decoder.randn(noise, x_0.shape, "cpu"))
-    (_, a), (_, b) = manipulate.codes(stack, [picture, picture], None, 3, 5)[0]
-    (_, alone), = manipulate.codes(stack, [picture], None, 3, 6)[0]  # picture k has seed + k
+    (_, a), (_, b) = manipulate.read_latents(stack, [picture, picture], None, 3, 5)[0]
+    (_, alone), = manipulate.read_latents(stack, [picture], None, 3, 6)[0]  # picture k has seed + k
     assert torch.equal(alone, b) and abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.05
 
 
@@ -241,8 +243,8 @@ def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
         rows = []
         for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
             scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()
-            name = next(a for a, values in train.VALUES.items() if word in values)
-            scene = train.lay_out(replace(scene, things=(replace(scene.things[0], **{name: word}),)), np.random.default_rng(0))
+            name = next(a for a, values in shapes.VALUES.items() if word in values)
+            scene = shapes.lay_out(replace(scene, things=(replace(scene.things[0], **{name: word}),)), np.random.default_rng(0))
             edited = manipulations.to_images([scene])[0]
             rows.append(torch.stack([edited if maximum * k / (frames - 1) > 0.29 else image for k in range(frames)]))
         return torch.stack(rows)
@@ -379,8 +381,8 @@ def test_a_poor_reconstruction_is_told_with_what_to_do(weights, picture, tmp_pat
 
 def damaged(tmp_path, weights, **change):
     """A latent file for the stack's decoder, changed."""
-    model = clip_embed.load_model(decoder.Decoder, decoder.DecoderConfig, clip_embed.read_checkpoint(weights / "decoder.pt", "decoder"), "")
-    latent = {"stage": "latent", "config": {"decoder": clip_embed.fingerprint(model), "caption": "", "steps": 3},
+    model = checkpoints.load_model(decoder.Decoder, decoder.DecoderConfig, checkpoints.read_checkpoint(weights / "decoder.pt", "decoder"), "")
+    latent = {"stage": "latent", "config": {"decoder": checkpoints.fingerprint(model), "caption": "", "steps": 3},
               "model": {"z_i": unit(1, 16), "x_T": torch.randn(1, 3, 64, 64)}}
     for key, value in change.items():
         latent["model" if key in ("z_i", "x_T") else "config"][key] = value
@@ -391,8 +393,8 @@ def damaged(tmp_path, weights, **change):
 @pytest.mark.parametrize("arguments, said", [
     (["variations", "nowhere.png"], "no such file"),
     (["variations", "TEXT"], "not a picture that can be read"),
-    (["variations", "PICTURE", "--eta", "1.5"], "--eta [1.5]: must be between 0 and 1"),
-    (["variations", "PICTURE", "--eta", "nan"], "--eta [nan]: must be between 0 and 1"),
+    (["variations", "PICTURE", "--eta", "1.5"], "--eta 1.5: must be between 0 and 1"),
+    (["variations", "PICTURE", "--eta", "nan"], "--eta nan: must be between 0 and 1"),
     (["textdiff", "PICTURE", "--to", "a star", "--max", "1.1"], "--max 1.1: must be between 0 and 1"),
     (["textdiff", "PICTURE", "--to", "a star", "--from", "a star"], "must differ"),
     (["textdiff", "PICTURE"], "--to"),

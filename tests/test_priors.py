@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 import prior
 import priors
+import sample
 import train
 from caption_accuracy import parse_caption, score
+from data import shapes
 
 TINY = prior.ARConfig(embed_dim=8, clip_text_width=16, components=5, buckets=16, width=32, layers=2, heads=2)
 ALPHAS = prior.cosine_schedule()
@@ -203,7 +205,7 @@ def test_training_drops_the_caption_a_tenth_of_the_time_and_keeps_the_dot_produc
     y = {"states": torch.ones(n, 2, 16), "z_t": F.normalize(torch.randn(n, 8), dim=1), "mask": torch.ones(n, 2, dtype=torch.bool)}
     null = {"states": torch.zeros(1, 2, 16), "z_t": torch.zeros(1, 8), "mask": torch.ones(1, 2, dtype=torch.bool)}
     model.forward = lambda tokens, text: (seen.update(tokens=tokens, text=text), torch.zeros(n, 5, 16))[1]
-    assert float(prior.ar_loss(model, z_i, y, null)) == pytest.approx(math.log(16), rel=1e-5)
+    assert float(prior.ar_loss(model, z_i, y, null, generators(n))) == pytest.approx(math.log(16), rel=1e-5)
     dropped = seen["text"]["z_t"].abs().sum(1) == 0
     assert torch.equal(dropped, seen["text"]["states"].sum((1, 2)) == 0)
     assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.015)
@@ -256,8 +258,28 @@ def test_estimated_errors_of_an_exact_denoiser_are_the_posterior_variance_at_eve
     d = 64
     model = GaussianPosterior(0.1, 0.4)
     z_i = [(0.1 + 0.4 * torch.randn(1000, d)) / prior.scale(d) for _ in range(2)]
-    errors = prior.estimate_errors(model, [(z, {}) for z in z_i])
+    errors = prior.estimate_errors(model, [(z, {}) for z in z_i], torch.Generator().manual_seed(0))
     assert errors.shape == (1000,) and torch.allclose(errors, model.exact(torch.arange(1000)).float(), rtol=0.03, atol=1e-4)
+
+
+def test_several_draws_of_a_caption_are_the_mean_of_single_ones_with_their_gradients(text):
+    """The cached places before t against the whole sequence, computed for each draw."""
+    torch.manual_seed(1)
+    model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=8, clip_text_width=16, text_context=6, width=16, layers=2, heads=2))
+    z_i, y, null = F.normalize(torch.randn(3, 8), dim=1), text(B=3, padding=2), text(B=1)
+    whole = torch.autograd.grad(prior.prior_loss(model, z_i, y, null, generators(3), 0.5, draws=4), [*model.parameters()])
+    together, noises, z_0 = generators(3), [], z_i * prior.scale(8)
+    drop = torch.cat([torch.rand(1, generator=g) for g in together]) < 0.5
+    assert drop.any() and not drop.all()
+    losses = []
+    for _ in range(4):
+        t = torch.cat([torch.randint(1000, (1,), generator=g) for g in together])
+        noises.append(torch.stack([torch.randn(8, generator=g) for g in together]))
+        out = model(prior.q_sample(z_0, t, noises[-1], ALPHAS), t, prior.drop_text(y, null, drop))
+        losses.append(((out - z_0) ** 2).mean())
+    apart = torch.autograd.grad(sum(losses) / 4, [*model.parameters()])
+    assert not torch.equal(noises[0], noises[1])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, apart)) and any(g.abs().max() > 1e-3 for g in apart)
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.4, 1.0])
@@ -268,10 +290,10 @@ def test_surprise_of_an_exact_denoiser_is_one_for_its_own_data_and_has_its_close
     r, q = 1 / model.s ** 2, ALPHAS[t] / (1 - ALPHAS[t])
     want = float(((spread ** 2 * r ** 2 + q) / (r + q)).mean())
     z_i = (0.1 + spread * torch.randn(400, d)) / prior.scale(d)
-    found = prior.surprise(model, z_i, {})
+    found = sample.surprise(model, z_i, {})
     assert found.shape == (400,) and float(found.mean()) == pytest.approx(want, rel=0.03)
     assert spread != 0.4 or float(found.mean()) == pytest.approx(1, rel=0.03)
-    assert torch.allclose(prior.surprise(model, z_i[7:8], {}), found[7:8])  # of its own, whatever else is in the batch
+    assert torch.allclose(sample.surprise(model, z_i[7:8], {}), found[7:8])  # of its own, whatever else is in the batch
 
 
 def test_surprise_tells_which_caption_an_embedding_is_of_as_bayes_rule_does():
@@ -279,7 +301,7 @@ def test_surprise_tells_which_caption_an_embedding_is_of_as_bayes_rule_does():
     d, s, n = 64, 0.4, 2000
     means = torch.stack([torch.zeros(d), 0.5 * torch.nn.functional.normalize(torch.randn(d), dim=0)])
     z_0 = means[torch.randint(2, (n,))] + s * torch.randn(n, d)
-    surprises = torch.stack([prior.surprise(GaussianPosterior(mean, s), z_0 / prior.scale(d), {}) for mean in means])
+    surprises = torch.stack([sample.surprise(GaussianPosterior(mean, s), z_0 / prior.scale(d), {}) for mean in means])
     logs = -(z_0 - means[:, None]).square().sum(2) / (2 * s ** 2)
     sure = (logs[0] - logs[1]).abs() > 1  # elsewhere the noise of 32 timesteps may decide
     assert sure.sum() > 300 and (surprises.argmin(0) == logs.argmax(0))[sure].float().mean() > 0.97
@@ -349,15 +371,15 @@ def test_frechet_distance_of_gaussians_with_known_means_and_covariances():
 def test_scenes_made_for_a_caption_fit_it_and_show_it_and_those_with_one_thing_changed_do_not_fit():
     rng = np.random.default_rng(0)
     for _ in range(100):
-        scene = train.random_scene(rng)
-        saying = train.what_to_say(scene, rng)
-        caption = train.describe(scene, saying, rng)
+        scene = shapes.random_scene(rng)
+        saying = shapes.attributes_in_caption(scene, rng)
+        caption = shapes.describe(scene, saying, rng)
         said, k = parse_caption(caption), rng.integers(len(scene.things))
         again = priors.scene_of(said, rng)
         assert priors.fits(scene, said) and priors.fits(again, said) and again != scene
-        assert all(score(train.render(again, 64), caption).values())  # read back from its pixels
+        assert all(score(shapes.render(again, 64), caption).values())  # read back from its pixels
         here = scene.things[k]
-        other = replace(here, shape=next(s for s in train.SHAPES if s not in [t.shape for t in scene.things]))
+        other = replace(here, shape=next(s for s in shapes.SHAPES if s not in [t.shape for t in scene.things]))
         assert not priors.fits(replace(scene, things=tuple(other if t is here else t for t in scene.things)), said)
         assert "background" not in saying or not priors.fits(replace(scene, background="none"), said)
 

@@ -12,11 +12,11 @@ from PIL import Image
 import manipulate
 import sample
 from caption_accuracy import draw_and_score
-from clip_embed import read_checkpoint
+from weights.checkpoints import read_checkpoint
 from common import decode, draw, load_network, observe
 from manipulations import psnr, scenes_of, shown, to_images
 from sweep import captions_of
-from train import random_scene
+from data.shapes import random_scene
 
 ROOT = Path(__file__).parent.parent
 ON_Z_T = ROOT / "weights/z_t"
