@@ -75,9 +75,9 @@ def unit(*shape, seed=0):
     return F.normalize(torch.randn(shape, generator=rng(seed)), dim=-1)
 
 
-def generators(n):
-    """One torch.Generator a picture."""
-    return [rng(100 + k) for k in range(n)]
+def generators(n, seed=0):
+    """One torch.Generator a row."""
+    return [rng(100 + k + 100_000 * seed) for k in range(n)]
 
 
 # ----------------------------------------------------------------------------- CLIP (§2)
@@ -395,7 +395,7 @@ def decoder_loss(run):
 
     def loss(prediction):
         model.config = decoder.DecoderConfig(prediction=prediction)
-        got = run(model, x_0, z_i, text, null, given={"vlb_term": bound})
+        got = run(model, x_0, z_i, text, null, generators(B), given={"vlb_term": bound})
         a = alphas[seen["t"]].view(-1, 1, 1, 1)
         noise = (seen["x_t"] - a.sqrt() * x_0) / (1 - a).sqrt()
         return got, noise, (seen["eps"] - noise) ** 2, (1 + seen["t"] / 100).double().mean(), a
@@ -406,6 +406,10 @@ def decoder_loss(run):
     expect(abs(float(t.mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984, "the timesteps are drawn evenly from all 1000")
     expect(abs(float(noise.mean())) < 0.05 and abs(float(noise.var()) - 1) < 0.06,
            "x_t is q_sample of x_0 with noise from N(0, 1)")
+    run(model, x_0, z_i, text, null, generators(B, 1), given={"vlb_term": bound})
+    expect(not torch.equal(seen["t"].double(), t), "each row draws its timestep from its generators' numbers: from its generators, "
+           "not torch's own")
+    loss("eps")
     z, c = share(seen["z_i"]), share(seen["caption"])
     expect(abs(z - 0.1) < 0.025 and abs(c - 0.5) < 0.04, f"z_i is dropped 10% of the time and the caption 50% (yours {z:.0%} "
            f"and {c:.0%})")
@@ -563,7 +567,7 @@ def prior_loss(run):
         seen.update(z=z.double(), t=t, dropped=text["z_t"][:, 0] == 0)
         return 0.5 * z + 0.1
 
-    got = run(model, z_i, text, null)
+    got = run(model, z_i, text, null, generators(B))
     t, z_0 = seen["t"], z_i.double() * prior.scale(d)
     a = alphas[t][:, None]
     expect(abs(float(t.double().mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984,
@@ -581,6 +585,20 @@ def prior_loss(run):
     same(got, mse(out, z_0), "the loss is the mean squared distance of the prediction to z_i itself, at the diffusion's scale", {
         "the prior predicts z_i, not the noise": mse(out, noise), "yours compares with the unscaled z_i": mse(out, z_i.double()),
         "the mean is over coordinates too": mse(out, z_0) * d, "it is squared": (out - z_0).abs().mean()})
+    run(model, z_i, text, null, generators(B, 1))
+    expect(not torch.equal(seen["t"], t), "each row draws its random numbers from its generator, not from torch's own")
+    calls = []
+
+    def noted(z, t, text, cache=None):
+        calls.append((z.double(), t, 0.5 * z.double() + 0.1))
+        return 0.5 * z + 0.1
+
+    got = run(noted, z_i, text, null, generators(B), draws=3)
+    expect(len(calls) == 3, "with draws=3 the network is asked three times")
+    expect(not torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[0][0], calls[1][0]),
+           "each draw has a timestep and noise of its own")
+    mean = sum(mse(out, z_0) for *_, out in calls) / 3
+    same(got, mean, "the loss is the mean over the draws", {"yours is their sum: it is the mean over the draws": 3 * mean})
 
 
 def estimate_errors(run):
@@ -594,7 +612,7 @@ def estimate_errors(run):
     line = torch.arange(1000) / 1000
     rungs = prior.ladder(112, 999)
     absolute = torch.from_numpy(np.interp(np.arange(1000), rungs, [(k / 1000) ** 0.5 * (1 + 3 ** 0.5) / 2 for k in rungs]))
-    same(run(model, batches), 2 * line, "errors[t] is the mean squared error of a coordinate at t, over all batches, with "
+    same(run(model, batches, rng(0)), 2 * line, "errors[t] is the mean squared error of a coordinate at t, over all batches, with "
          "straight lines between "
          "the points", {"yours is of the last batch alone": 3 * line, "yours is of the first batch alone": line,
                         "yours is the sum over the "
@@ -806,7 +824,7 @@ def text_diff(run):
         expect(all(caption in words for caption in captions), "the captions read are `to` and `source`")
         return {"z_t": torch.stack([words[caption] for caption in captions])}, {"z_t": torch.zeros(1, 6)}
 
-    given = {"clip_embed.encode_captions": encode_captions, "decode": spied(2, 5, seen)}
+    given = {"encode_captions": encode_captions, "decode": spied(2, 5, seen)}
     got = run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, "a caption", 20, given=given)
     there, here = words["a blue circle"].expand(2, -1), words["a red circle"].expand(2, -1)
     z, toward = seen["z_i"], F.normalize(there - here, dim=1)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 from clip_embed import UserError, one_line_errors  # noqa: E402
 
-COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/**/*", "weights/*.py", "weights/shapes/*",
+COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/**/*", "weights/*.py", "data/*.py", "weights/shapes/*",
           "exercises/pages/*.png")
 
 
