@@ -9,12 +9,10 @@ embedding too. The network predicts the noise ε and each step's variance (Impro
 objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and
 the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
-Sampling is ancestral with the learned variance (the paper's), or DDIM. DDIM run backwards gives
-x_T, and (z_i, x_T) is the whole code of a picture (§3).
-
-Not in the paper: padding is masked; z_i enters times √d; sampling starts below t = 999 (top_step);
-inversion starts with a little noise (invert). The small `shapes` network folds pixels into channels
-(`patch_size`), is given their `coordinates`, and predicts a velocity (eps_from_velocity).
+Sampling is ancestral, or DDIM. DDIM run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
+Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
+The small `shapes` network folds pixels into channels (`patch_size`), is given their `coordinates`,
+and predicts a velocity (eps_from_velocity).
 
     python decoder.py picture.png            # picture → z_i and x_T → picture, and three variations
 """
@@ -79,7 +77,7 @@ PRESETS = {
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule, β ≤ 0.999 (Improved DDPM eq. 17)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -168,7 +166,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
-        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H', W')."""
+        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, ·, ·)."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
         if emb.shape[1] == h.shape[1]:
@@ -354,8 +352,8 @@ def discretized_log_likelihood(x, mean, log_variance):
 def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     """The t-th term of the bound L_vlb in bits per dimension, (B,) (§2.1; DDPM eq. 5).
 
-    A KL divergence, or at t = 0 the likelihood, for which the next β̃ replaces β̃_0 = 0, as in
-    Improved DDPM's code. eps, v: the network's. x̂_0 is clamped as in sampling.
+    A KL divergence, or at t = 0 the likelihood, with the next β̃ for β̃_0 = 0, as in Improved
+    DDPM's code. eps, v: the network's. x̂_0 is clamped as in sampling.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
@@ -404,9 +402,9 @@ def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_cap
 # ------------------------------ sampling
 
 def ladder(steps, top):
-    """A sampler's timesteps, ascending, evenly spaced from 0 to `top` (Improved DDPM §4).
+    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
 
-    One step is [top]. Raises ValueError.
+    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
@@ -415,7 +413,7 @@ def ladder(steps, top):
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (not in the paper).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; not in the paper).
 
     At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
@@ -425,7 +423,7 @@ def top_step(alphas_cumprod, signal=0.015):
 def guided(model, x_t, t, z_i, text, null, guidance_scale):
     """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5).
 
-    w = 1 is no guidance (figs. 9–11 show its effect). t: an integer; null: the empty caption.
+    w = 1 is no guidance (§5.3, figs. 9–11: its effect). t: an integer; null: the empty caption.
     """
     t = torch.full((len(x_t),), t, device=x_t.device)
     if guidance_scale == 1:
@@ -443,8 +441,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
     generators: one torch.Generator a picture; guidance and steps are the config's if None. eta:
-    None for ancestral sampling with the learned variance, a number for DDIM with that η. x_T: start
-    from this noise, on its inversion's steps, with clamp=False: x̂_0 is then not held in [-1, 1].
+    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: start from
+    this noise, on its inversion's steps, with clamp=False: x̂_0 is then not held in [-1, 1].
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
@@ -517,7 +515,7 @@ def main():
     add("picture", help="any picture; it is cropped to a square")
     add("--caption", default="", help="of the picture (default: none, z_i alone)")
     add("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    add("--steps", type=int, default=50, help="steps each way (default 50)")
+    add("--steps", type=int, default=50, help="each way (default 50)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", type=Path, default=Path("decoder.png"), help="the strip's file")
@@ -539,7 +537,7 @@ def main():
         noise = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
         x_T = invert(model, x_0, z_i, text, noise[:1], args.steps, bar=True)
         again = sample(model, z_i, text, null, None, 1, args.steps, 0, x_T, clamp=False, bar=True)
-        thrice = {k: v.repeat_interleave(3, 0) for k, v in text.items()}
+        thrice = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
         fresh = sample(model, z_i.repeat(3, 1), thrice, null, noise, steps=args.steps, bar=True)
         ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)
         print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; "

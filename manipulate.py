@@ -4,16 +4,14 @@
              └─► DDIM run backwards ─► x_T ──────┴─► DDIM ─► picture   z_i and x_T together: all
 
 In:   pictures of any size or kind, or latent files: (z_i, x_T), written by --save-latent
-Out:  in --out a labelled strip and its single frames, under new numbers, their paths on stdout;
-      --out NAME.png and --save-latent NAME.pt replace a file of that name
+Out:  in --out a labelled strip and its single frames, under new numbers, their paths on stdout
 
 Variations draw fresh noise on the way from x_T (§3.1). Interpolations turn one code into another
 (§3.2). Text diffs push z_i along the difference of two captions (§3.3). Reconstructions keep z_i's
 first principal components (§4). Nothing is trained here; the sampler is the decoder's DDIM.
 
 Not in the paper: decoding is unguided, unclamped, and repeats the inversion's caption and steps, so
-that it undoes the inversion; the guidance of variations grows with η; the principal components are
-the autoregressive prior's; the difference of two captions is projected onto them (text_diff).
+that it undoes the inversion; the principal components are the autoregressive prior's.
 
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
     python manipulate.py interpolate a.png b.png --frames 9 --gif
@@ -35,17 +33,15 @@ import decoder
 import upsample
 from clip_embed import (UserError, check_ranges, encode_captions, encode_pictures, one_line_errors,
                         open_picture, pick_device, psnr, to_picture, to_square)
-from sample import BATCH, SHIPPED, SIZES, generators, in_batches, load_stack, rows, save_png
-from weights.checkpoints import fingerprint, read_checkpoint
+from sample import BATCH, generators, in_batches, rows, save_png
+from weights.latents import load_latent, save_latent
+from weights.stack import SHIPPED, SIZES, load_stack
 
 
 # ------------------------------ picture → (z_i, x_T) → picture
 
 def load_picture(stack, path):
-    """A picture file's middle square: (1, 3, S, S) in [-1, 1], S as CLIP or the decoder needs.
-
-    Raises UserError.
-    """
+    """A picture file's middle square: (1, 3, S, S) in [-1, 1]. Raises UserError."""
     side = max(stack["clip"].config.image_size, stack["decoder"].config.image_size)
     return to_square(open_picture(path), side)
 
@@ -68,8 +64,7 @@ def one_each(captions, n):
 def invert(stack, images, captions="", steps=50, seed=0, bar=False):
     """The code of images (B, 3, S, S) in [-1, 1]: z_i (B, d), x_T (B, 3, 64, 64) (§3).
 
-    captions: one for all or one each; decoding must repeat them and the steps. Many x_T give one
-    picture; the seed picks one (see decoder.invert). Raises UserError.
+    captions: one for all or one each; decoding must repeat them and the steps. Raises UserError.
     """
     model, clip, device = stack["decoder"], stack["clip"], stack["clip"].logit_scale.device
     B, x_0 = len(images), to_decoder(stack, images)
@@ -86,8 +81,7 @@ def invert(stack, images, captions="", steps=50, seed=0, bar=False):
 def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False, guidance=1.0):
     """Images (B, n, 3, 64, 64) in [-1, 1] of z_i (B, n, d) from x_T (B, n, 3, 64, 64), by DDIM.
 
-    captions: one for all or one for each of B. The k-th of the B · n pictures draws its noise from
-    seed + k, if η is not 0. Raises UserError.
+    captions: one for all or one for each of B. Picture k draws from seed + k. Raises UserError.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta:g}: must be between 0 and 1")
@@ -108,16 +102,14 @@ def slerp(a, b, theta):
     """Spherical interpolation from a (theta 0) to b (theta 1), row by row of (B, …) (§3.2, fig. 4).
 
     The directions turn along the great circle by equal angles, the norms change evenly: unit
-    vectors stay unit, noise stays as large as noise. Parallel vectors keep their direction; opposite
-    ones have no great circle. Raises UserError.
+    vectors stay unit, noise stays as large as noise. Raises UserError for opposite vectors.
     """
     if not 0 <= theta <= 1:
         raise UserError(f"theta {theta:g}: must be between 0 and 1")
     u, v = (x.flatten(1).cpu().double() for x in (a, b))
     size_u, size_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
     u, v = u / size_u.clamp(min=1e-12), v / size_v.clamp(min=1e-12)
-    difference, total = (u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True)
-    angle = 2 * torch.atan2(difference, total)  # exact at 0 and π too
+    angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
     if (angle > math.pi - 1e-4).any():
         raise UserError("opposite vectors: no shortest way leads from one to the other")
     arc = (((1 - theta) * angle).sin() * u + (theta * angle).sin() * v) / angle.sin()
@@ -154,10 +146,9 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
                         "and at least 2")
     thetas = [k / (frames - 1) for k in range(frames)]
     z_i, x_T = (torch.stack([slerp(*ends, theta) for theta in thetas], 1) for ends in zip(a, b))
-    noises = [x_T]
+    noises, shape = [x_T], (rows, *a[1].shape[1:])
     if noise == "fixed":
-        noises = decoder.randn(generators("decoder", seed, range(rows)), (rows, *a[1].shape[1:]),
-                               "cpu")
+        noises = decoder.randn(generators("decoder", seed, range(rows)), shape, "cpu")
     return torch.stack([decode(stack, z_i, noise.expand_as(x_T), captions, 0, steps, bar=bar)
                         for noise in noises], 1)
 
@@ -176,9 +167,10 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
         raise UserError(f"{frames} frames: must be at least 2")
 
     def z_t(captions):
-        captions = one_each(captions, len(z_i))
-        return encode_captions(stack["clip"], stack["tokenizer"], captions)[0]["z_t"].cpu()
+        text, _ = encode_captions(clip, tokenizer, one_each(captions, len(z_i)))
+        return text["z_t"].cpu()
 
+    clip, tokenizer = stack["clip"], stack["tokenizer"]
     z_d = z_t(to) if source is None else z_t(to) - z_t(source)
     if (z_d.norm(dim=1) < 1e-4).any():
         raise UserError("the two captions of a text diff must differ: their difference is the "
@@ -195,9 +187,8 @@ def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", step
     """Decodings of z_i's first k principal components, for each k of counts, from x_T (§4, fig. 7).
 
     z_i (B, d), x_T (B, 3, 64, 64), mean (d,), components (K, d), orthonormal rows, the largest
-    variance first → (B, len(counts), 3, 64, 64). Not in the paper: z_i is not normalized again. A
-    short z_i leaves the rest to the decoder; one stretched to length 1 lies far from any picture's,
-    and is decoded as noise. Raises UserError.
+    variance first → (B, len(counts), 3, 64, 64). Not in the paper: z_i is not normalized again;
+    stretched to length 1 it would lie far from any picture's. Raises UserError.
     """
     if not all(0 <= k <= len(components) for k in counts):
         raise UserError(f"components {' '.join(map(str, counts))}: "
@@ -209,39 +200,11 @@ def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", step
 
 # ------------------------------ files
 
-def save_latent(path, stack, z_i, x_T, caption, steps):
-    """Write a picture's z_i (1, d), x_T (1, 3, 64, 64), and the settings its decoding repeats."""
-    config = {"decoder": fingerprint(stack["decoder"]), "caption": caption, "steps": steps}
-    model = {"z_i": z_i.clone(), "x_T": x_T.clone()}
-    with open(path, "wb") as file:  # opened here, so that a full disk is an OSError
-        torch.save({"stage": "latent", "config": config, "model": model}, file)
-
-
-def load_latent(path, stack):
-    """(z_i (1, d), x_T (1, 3, 64, 64), caption, steps) of a latent file. Raises UserError."""
-    checkpoint = read_checkpoint(path, "latent", writer="manipulate.py --save-latent")
-    config, halves, c = checkpoint["config"], checkpoint["model"], stack["decoder"].config
-    if config.get("decoder") != fingerprint(stack["decoder"]):
-        raise UserError(f"{path}: belongs to another decoder than the one in --weights; make it anew")
-    for name, shape in {"z_i": (1, c.embed_dim), "x_T": (1, 3, c.image_size, c.image_size)}.items():
-        x = halves.get(name)
-        if (not isinstance(x, torch.Tensor) or x.shape != shape or not x.is_floating_point()
-                or not torch.isfinite(x).all()):
-            raise UserError(f"{path}: {name} should be finite floats of shape {shape}, "
-                            f"is {tuple(getattr(x, 'shape', ()))}")
-    caption, steps = config.get("caption"), config.get("steps")
-    if not isinstance(caption, str) or not isinstance(steps, int) or not 2 <= steps <= 950:
-        raise UserError(f"{path}: does not say with what caption and in how many steps (2 to 950) "
-                        "it was inverted")
-    return halves["z_i"].float(), halves["x_T"].float(), caption, steps
-
-
 def read_latents(stack, paths, caption, steps, seed):
     """([(z_i, x_T) of each], caption, steps) of pictures, which are inverted, and latent files.
 
     caption and steps None: those of the latent files, else none and 50. Picture k is inverted with
-    seed + k, so that two have their own noise. stderr tells how well each code decodes. Raises
-    UserError.
+    seed + k. stderr tells how well each code decodes. Raises UserError.
     """
     latents = {path: load_latent(path, stack) for path in paths if Path(path).suffix == ".pt"}
     for path, (*_, its_caption, its_steps) in latents.items():
@@ -268,7 +231,7 @@ def read_latents(stack, paths, caption, steps, seed):
 
 @torch.no_grad()
 def enlarge(stack, images, size, seed=0, bar=False):
-    """Images (N, 3, 64, 64) → (N, 3, size, size) from one noise for all, so frames don't flicker."""
+    """Images (N, 3, 64, 64) → (N, 3, size, size), from one noise for all: no flicker."""
     device = stack["clip"].logit_scale.device
     for large in SIZES[1:SIZES.index(size) + 1]:
         stage, small = f"upsample-{large}", images
@@ -294,13 +257,12 @@ def draw_strip(rows):
 
 def save_all(rows, name, out, gif):
     """Write the strip of rows of (label, image), its frames, and a GIF; print the paths."""
-    strip = draw_strip(rows)
+    strip, paths, settings = draw_strip(rows), [out], " ".join(sys.argv[1:])
     frames = [(f"{name} {label}", to_picture(image)) for row in rows for label, image in row]
     if out.suffix == ".png":
         strip.save(out)
-        paths = [out]
     else:
-        paths = [save_png(picture, out, label, settings=" ".join(sys.argv[1:]))
+        paths = [save_png(picture, out, label, settings=settings)
                  for label, picture in [(name, strip), *frames]]
     if gif:
         paths.append(paths[0].with_suffix(".gif"))
@@ -323,38 +285,31 @@ def parse_arguments():
         add("--steps", type=int, help="DDIM steps each way (default 50; the paper: 250)")
         add("--size", type=int, default=64, choices=SIZES, help="pixels a side (default 64)")
         add("--gif", action="store_true", help="also save the frames as an animation")
-        add("--save-latent", nargs="+", default=[], metavar="FILE", help="keep each picture's "
-            "code as NAME.pt, to be given in its place")
+        add("--save-latent", nargs="+", default=[], metavar="PT", help="keep each code as NAME.pt")
         add("--seed", type=int, default=0, help="of all noise (default 0)")
         add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints")
         add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
         add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-        add("--out", type=Path, default=Path("manipulations"), help="folder (default "
-            "manipulations/), or NAME.png for the strip alone")
+        add("--out", type=Path, default=Path("manipulations"), help="folder, or strip's NAME.png")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
         return add
 
     add = command("variations", 1, "decode (z_i, x_T) with fresh noise on the way (§3.1)")
     add("--n", type=int, default=8, help="pictures for each eta (default 8)")
-    add("--eta", type=float, nargs="+", default=[0, 0.5, 1], help="noise, 0 to 1; 0 gives the "
-        "picture back (default 0 0.5 1)")
+    add("--eta", type=float, nargs="+", default=[0, 0.5, 1], help="noise (default 0 0.5 1)")
     add = command("interpolate", 2, "walk from one picture's z_i to another's (§3.2)")
     add("--frames", type=int, default=9, help="pictures in a row (default 9)")
-    add("--noise", default="slerp", choices=["slerp", "fixed"], help="slerp (default): x_T turns "
-        "too; fixed: random noise")
+    add("--noise", default="slerp", choices=["slerp", "fixed"], help="does x_T turn too, or not?")
     add("--rows", type=int, default=3, help="with --noise fixed, how many noises (default 3)")
     add = command("textdiff", 1, "edit a picture by the difference of two captions (§3.3)")
     add("--from", dest="source", metavar="CAPTION", help="of the picture (default: none)")
     add("--to", required=True, metavar="CAPTION", help="of the wanted picture")
-    add("--max", type=float, default=0.5, help="share of the angle, at most (default 0.5; the "
-        "paper: 0.25 to 0.5)")
+    add("--max", type=float, default=0.5, help="share of the angle (default 0.5, the paper's)")
     add("--frames", type=int, default=7, help="pictures in a row (default 7)")
-    add("--whole", action="store_true", help="the whole difference, as in the paper, not only its "
-        "part along the principal components of ar-prior.pt")
+    add("--whole", action="store_true", help="don't project it on z_i's principal components")
     add = command("reconstruct", 1, "decode z_i from its first k principal components (fig. 7)")
     add("--components", type=int, nargs="+", metavar="K", help="how many (default 1 2 4 8 … all)")
-    add("--rows", type=int, default=2, help="the first from the picture's own x_T, the others from "
-        "random noise (default 2)")
+    add("--rows", type=int, default=2, help="the picture's x_T, then random noises (default 2)")
     return parser.parse_args()
 
 
@@ -368,8 +323,7 @@ def check_arguments(args):
                         f"the {len(args.pictures)} pictures")
     is_strip = args.out.suffix == ".png"
     if not is_strip and args.out.suffix.lower() in Image.registered_extensions():
-        raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png; any other name is a "
-                        "folder's")
+        raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png")
     for path in [*map(Path, args.save_latent), args.out if is_strip else args.out / "frame"]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -380,7 +334,7 @@ def check_arguments(args):
 def run(args, stack, pairs, caption, steps):
     """([rows of images], [rows of labels]) of a command on the codes of its pictures."""
     (z_i, x_T), options = pairs[0], {"captions": caption, "steps": steps, "bar": True}
-    prior = stack.get("ar-prior")  # it keeps z_i's mean and principal components
+    prior = stack.get("ar-prior")  # keeps z_i's mean and principal components
     components = prior.components.cpu() if prior else None
     if args.command == "variations":
         images = variations(stack, z_i, x_T, args.n, args.eta, seed=args.seed, **options)[0]
@@ -399,8 +353,8 @@ def run(args, stack, pairs, caption, steps):
     thetas = np.linspace(0, getattr(args, "max", 1), args.frames)
     labels = [f"theta {theta:.3g}" for theta in thetas]
     if args.command == "interpolate":
-        images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, seed=args.seed,
-                             **options)[0]
+        options["seed"] = args.seed
+        images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, **options)[0]
     else:
         images = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames,
                            components=components, **options)
@@ -411,19 +365,17 @@ def main():
     args = parse_arguments()
     with one_line_errors():
         check_arguments(args)
-        needs_components = args.command == "reconstruct" or (
-            args.command == "textdiff" and not args.whole
-            and (args.weights / "ar-prior.pt").exists())
-        kind = "ar" if needs_components else "none"
-        stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip,
-                           args.bpe)
-        if args.command == "reconstruct" and args.components:
-            kept = len(stack["ar-prior"].components)
-            if max(args.components) > kept:
-                raise UserError(f"--components {max(args.components)}: {args.weights}'s "
-                                f"ar-prior.pt keeps {kept} components of z_i")
-        pairs, caption, steps = read_latents(stack, args.pictures, args.caption, args.steps,
-                                             args.seed)
+        project = args.command == "textdiff" and not args.whole
+        project = project and (args.weights / "ar-prior.pt").exists()
+        kind = "ar" if project or args.command == "reconstruct" else "none"
+        device = pick_device(args.device)
+        stack = load_stack(args.weights, device, args.size, kind, args.clip, args.bpe)
+        wanted = max(getattr(args, "components", None) or [0])
+        if wanted and wanted > (kept := len(stack["ar-prior"].components)):
+            raise UserError(f"--components {wanted}: {args.weights}'s ar-prior.pt keeps {kept} "
+                            "components of z_i")
+        given = args.pictures, args.caption, args.steps, args.seed
+        pairs, caption, steps = read_latents(stack, *given)
         for path, pair in zip(args.save_latent, pairs):
             save_latent(path, stack, *pair, caption, steps)
         images, labels = run(args, stack, pairs, caption, steps)

@@ -19,10 +19,8 @@ after the other, by cross-entropy (ar_loss):
     z_t | bucket of z_i·z_t | code 1 | … | code K − 1      →      code 1, …, code K
 
 When sampling, the second token is drawn from the top half of the training distribution: it asks for
-a z_i that fits the caption. Both priors drop the caption 10% of the time, for guidance.
-
-Not in the paper: padding is masked; the empty caption is the null condition; z_t enters times √d;
-buckets are equally full; the autoregressive prior attends to CLIP's states (see ARPrior).
+a z_i that fits the caption. Both priors drop the caption 10% of the time, for guidance. Not in the
+paper: the empty caption is the null condition; buckets are equally full; see also ARPrior.
 
     python prior.py "a red circle"           # draws z_i from each prior and compares them
 """
@@ -67,7 +65,7 @@ PRESETS = {
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule, β ≤ 0.999 (Improved DDPM eq. 17)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -225,9 +223,9 @@ def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
 
 
 def ladder(steps, top):
-    """A sampler's timesteps, ascending, evenly spaced from 0 to `top` (Improved DDPM §4).
+    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
 
-    One step is [top]. Raises ValueError.
+    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
@@ -239,8 +237,8 @@ def ladder(steps, top):
 def estimate_errors(model, batches, generator, points=112):
     """E‖x_0 − x̂_0‖²/d at every t, (1000,), for the analytic variance (§2.2; Analytic-DPM).
 
-    batches: (z_i, text) of training embeddings and their captions; generator: of the noise. Not in
-    the paper: measured at `points` of the t (every ninth), with straight lines between.
+    batches: (z_i, text) of training embeddings and their captions; generator: of the noise.
+    Measured at `points` of the t (every ninth), with straight lines between.
     """
     alphas_cumprod, errors = cosine_schedule(), []
     for z_i, text in batches:
@@ -255,7 +253,7 @@ def estimate_errors(model, batches, generator, points=112):
 
 
 def guided(f, x, text, null, guidance_scale):
-    """Classifier-free guidance: f(x, ∅) + w (f(x, y) − f(x, ∅)), none at w = 1 (GLIDE eq. 5)."""
+    """Classifier-free guidance: f(x, ∅) + w (f(x, y) − f(x, ∅)) (§2.2; GLIDE eq. 5)."""
     if guidance_scale == 1:
         return f(x, text)
     both = {k: torch.cat([v, null[k].expand_as(v)]) for k, v in text.items()}
@@ -324,7 +322,7 @@ AR_PRESETS = {
 def pca(batches):
     """Mean (d,), components (d, d), a row each, variances (d,), largest first, of batches (n, d).
 
-    Mean and covariance are merged batch by batch in float64 (Chan et al. 1983). Raises ValueError
+    Mean and covariance are merged batch by batch in float64 (§2.2). Raises ValueError
     if an embedding is not finite, a coordinate is constant, or embeddings are too few.
     """
     n = mean = scatter = 0
@@ -362,8 +360,8 @@ def quantile_buckets(values, buckets):
 def fit_codes(z_i, buckets=1024, lose=0.01):
     """The arrays of the code of z_i (N, d): {"mean", "components", "edges", "centres"} (§2.2).
 
-    Keeps the fewest components with which cutting and quantizing lose under 1% of the variance (319
-    of the paper's 1024). Raises ValueError as pca does, and for too few buckets.
+    Keeps the fewest components with which cutting and quantizing lose under 1% of the variance.
+    Raises ValueError as pca does, and for too few buckets.
     """
     mean, components, variances = pca(z_i.split(8192))
     some = z_i[::-(-len(z_i) // 131072)].cpu().double()
@@ -393,7 +391,7 @@ class ARPrior(nn.Module):
     states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
     319 codes. CLIP's text tower is the text encoder, or the 1B parameters of table 3 would be 2.0.
     Buckets are ordered, so their vectors, which the logits use too, start from cosines of their
-    rank. Each place scales them differently, or every component's third bucket would be the same.
+    rank; each place scales them in its own way.
     """
 
     def __init__(self, config):
@@ -474,8 +472,7 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
     """Codes (B, K) for B captions, a token a step (§2.2).
 
     generators: one torch.Generator a caption. percentile: z_i·z_t is drawn from the part of the
-    training distribution above it. Guidance is on the logits. A uniform number picks a bucket by
-    cumulative probability, so rounding moves it to a neighbour at most. Raises ValueError.
+    training distribution above it. Guidance is on the logits. Raises ValueError.
     """
     if not 0 <= percentile <= 100 or not temperature > 0:
         raise ValueError(f"percentile {percentile} must be between 0 and 100, "

@@ -4,17 +4,14 @@
     ─► upsample ─► (B, 3, 256, 256) ─► upsample ─► (B, 3, 1024, 1024)
 
 In:   captions, as arguments or one a line in a file
-Out:  PNG files in --out, never over an old one, each with its caption, seed and settings in its
-      text chunks; their paths on stdout, one a line, and all else on stderr
+Out:  PNG files in --out, caption, seed and settings in their text chunks; their paths on stdout
 
-Each stage's own `sample` is called with its own options; unset options come from the checkpoint's
-config. Picture k of a run draws its noise from generators of its own, seeded by seed + k and the
-stage: it is the same picture alone or in a batch.
+Unset options come from the checkpoints' configs. Picture k of a run draws its noise from generators
+of its own, seeded by seed + k and the stage: it is the same picture alone or in a batch.
 
 Not in the paper: prior and decoder may draw several candidates for one picture. The diffusion prior
-then says how badly the z_i of each, by CLIP, fits the caption (surprise). The first that fits well
-enough is kept, or else the best. (The first DALL·E drew 512, and CLIP chose.) `--candidates 1` is
-the paper's chain.
+then says how badly the z_i of each fits the caption (surprise), and the first that fits well enough
+is kept, or else the best. `--candidates 1` is the paper's chain.
 
     python sample.py "a large red circle above a small blue star"
     python sample.py "a red circle" "a striped heart on pink" --n 8 --size 64 --grid
@@ -27,7 +24,6 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +37,10 @@ import decoder
 import prior
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_picture
-from weights.checkpoints import fingerprint, load_model, read_checkpoint
+from weights.stack import PRIORS, SHIPPED, SIZES, load_stack
 
-SHIPPED = Path(__file__).parent / "weights" / "shapes"
-SIZES = (64, 256, 1024)
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
-PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior: its stage
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
-LARGE = 1e9  # bytes of checkpoints that are read only when they are used
 
 
 # ------------------------------ the chain: drawing
@@ -61,12 +53,12 @@ def generators(stage, seed, pictures, candidate=0):
 
 
 def rows(text, pictures):
-    """The rows of some pictures in a batch of captions, {name: (B, …)}."""
+    """Some rows of a batch of captions, {name: (B, …)}."""
     return {k: v[pictures] for k, v in text.items()}
 
 
 def in_batches(network, count, most, run):
-    """run(slice) of `count` pictures, `most` at a time, joined on the CPU; half networks autocast."""
+    """run(slice) of `count` pictures, `most` at a time, joined on the CPU, in autocast if half."""
     p, parts = next(network.parameters()), []
     for first in range(0, count, most):
         with torch.autocast(p.device.type, torch.float16, enabled=p.dtype == torch.float16):
@@ -117,30 +109,27 @@ class Chain:
 
         def autoregressive(network, some, noise):
             guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
-            return prior.ar_sample(network, rows(self.text, some), self.null, noise, guidance,
-                                   bar=bar)
+            text = rows(self.text, some)
+            return prior.ar_sample(network, text, self.null, noise, guidance, bar=bar)
 
         def decode(network, some, noise):
             return decoder.sample(network, self.z_i[some].to(self.device), rows(self.text, some),
                                   self.null, noise, self.decoder_guidance, self.decoder_steps,
                                   self.eta, bar=bar)
 
-        samplers = {"prior": diffusion, "ar-prior": autoregressive}
         network = PRIORS[self.prior_kind]
         if network:
-            self.z_i[pictures] = self.run("prior", pictures, 256, samplers[network], candidate,
-                                          network)
+            sample = diffusion if network == "prior" else autoregressive
+            self.z_i[pictures] = self.run("prior", pictures, 256, sample, candidate, network)
         return self.run("decoder", pictures, BATCH[64], decode, candidate)
 
     def enlarge(self, images, size):
         """Images (n, 3, 64, 64) → (n, 3, size, size) by the upsamplers (§2.1)."""
         for large, steps in zip(SIZES[1:SIZES.index(size) + 1], self.upsample_steps):
             def enlarge(network, some, noise, small=images, steps=steps):
-                return upsample.sample(network, small[some].to(self.device), noise, steps,
-                                       bar=self.bar)
+                return upsample.sample(network, small[some].to(self.device), noise, steps, self.bar)
 
-            pictures = list(range(len(images)))
-            images = self.run(f"upsample-{large}", pictures, BATCH[large], enlarge)
+            images = self.run(f"upsample-{large}", list(range(len(images))), BATCH[large], enlarge)
         return images
 
 
@@ -165,7 +154,7 @@ def surprise(model, z_i, text, steps=32):
 
 
 def can_choose(stack):
-    """Whether a stack has all that `surprises` needs: CLIP's image tower and a prior's errors."""
+    """Whether a stack has CLIP's image tower and a diffusion prior's errors, to choose by."""
     return bool(stack["clip"].visual and "prior" in stack and stack["prior"].errors.any())
 
 
@@ -205,9 +194,8 @@ def choose(chain, images, candidates):
 def generate(stack, captions, seed=0, size=64, candidates=None, seconds=None, **options):
     """Images (n, 3, size, size) in [-1, 1] on the CPU, one for each of n captions (§2, fig. 2).
 
-    candidates: pictures drawn at most for each caption; None is the decoder's config, or 1 without
-    a judge (can_choose). seconds: a dictionary for each stage's time. options: Chain's. Raises
-    UserError.
+    candidates: pictures drawn at most for each; None is the decoder's config, or 1 without a judge.
+    seconds: a dictionary for each stage's time. options: Chain's (§5.1, fig. 8). Raises UserError.
     """
     chain = Chain(stack, captions, seed, seconds={} if seconds is None else seconds, **options)
     if candidates and candidates > 1 and not can_choose(stack):
@@ -221,63 +209,16 @@ def generate(stack, captions, seed=0, size=64, candidates=None, seconds=None, **
     return chain.enlarge(images, size)
 
 
-# ------------------------------ its networks
-
-class Stages(dict):
-    """{stage: network}; a network given as a partial is built at each use and kept by nobody."""
-
-    def __getitem__(self, stage):
-        value = super().__getitem__(stage)
-        return value() if isinstance(value, partial) else value
-
-
-def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
-               bpe=None, lean=False, judge=False):
-    """{"clip", "tokenizer", "prior", …}: the networks for pictures of `size`, from a folder.
-
-    prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
-    clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
-    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one, to judge
-    candidates. Raises UserError for a checkpoint that is missing, damaged, or of another CLIP.
-    """
-    weights = Path(weights)
-    clip_path = clip_path or weights / "clip.pt"
-    clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
-    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig),
-             "ar-prior": (prior.ARPrior, prior.ARConfig)}
-    wanted = {PRIORS[prior_kind], "prior" if judge and (weights / "prior.pt").exists() else None}
-    kinds = {stage: kind for stage, kind in kinds.items() if stage in wanted}
-    kinds["decoder"] = (decoder.Decoder, decoder.DecoderConfig)
-    for large in SIZES[1:SIZES.index(size) + 1]:
-        kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
-    mark = fingerprint(clip)
-    paths = {stage: weights / f"{stage}.pt" for stage in kinds}
-    bytes_of = [path.stat().st_size if path.exists() else -math.inf for path in paths.values()]
-    large = lean and sum(bytes_of) > LARGE
-
-    def load(stage):
-        checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
-        network = load_model(*kinds[stage], checkpoint, paths[stage])
-        half = large and torch.device(device).type == "cuda"
-        # channels_last convolves faster, but its copies take memory
-        layout = torch.preserve_format if large else torch.channels_last
-        return network.to(device, torch.float16 if half else torch.float32, memory_format=layout)
-
-    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
-    return Stages(stack | {stage: partial(load, stage) if large else load(stage) for stage in kinds})
-
-
 # ------------------------------ captions in, pictures out
 
 def gather_captions(arguments, file):
     """The captions given as arguments and those in a file, one a line. Raises UserError."""
     captions = list(arguments)
-    if file:
-        try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
-        captions += [line.strip() for line in lines if line.strip()]
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
+    captions += [line.strip() for line in lines if line.strip()]
     if not captions:
         raise UserError("no caption: give one, as in  "
                         'python sample.py "a large red circle above a small blue star"')
@@ -294,10 +235,7 @@ def grid(images, columns):
 
 
 def save_png(picture, folder, name, **chunks):
-    """Write folder/NNNN-name.png under the next free number, with text chunks; returns its path.
-
-    Raises UserError.
-    """
+    """Write folder/NNNN-name.png under a free number, with text chunks. Raises UserError."""
     info, file = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
@@ -345,8 +283,7 @@ def parse_arguments():
     add("--candidates", type=int, help="draw up to so many pictures for one, until the prior finds "
         "one that fits the caption; else keep the best (default 8; the paper: 1)")
     add("--eta", type=float, help="decode by DDIM with this eta (default: ancestral)")
-    add("--upsample-steps", type=int, nargs=2, default=(None, None), metavar=("S256", "S1024"),
-        help="default 27 15, as in the paper")
+    add("--upsample-steps", type=int, nargs=2, default=(None, None), help="default 27 15")
     add("--grid", action="store_true", help="also save one sheet; with --n, a caption a row")
     add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: shipped)")
     add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
@@ -362,10 +299,9 @@ def parse_arguments():
 
 def describe_options(options):
     """The options of a run as text, for the pictures' text chunks."""
-    defaults = {name: "default" for name in options} | {"eta": "ancestral"}
-    return ", ".join(f"{name.replace('_', '-')} "
-                     f"{defaults[name] if value in (None, (None, None)) else value}"
-                     for name, value in options.items())
+    unset = {name: "ancestral" if name == "eta" else "default" for name, value in options.items()
+             if value in (None, (None, None))}
+    return ", ".join(f"{k.replace('_', '-')} {v}" for k, v in (options | unset).items())
 
 
 def main():
@@ -394,7 +330,7 @@ def main():
             print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions),
                            seed=args.seed, settings=settings))
         times = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
-        print(f"seconds: {times}", file=sys.stderr)
+        print("seconds:", times, file=sys.stderr)
 
 
 if __name__ == "__main__":

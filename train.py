@@ -11,10 +11,10 @@ Row n of step k draws its scene, caption, timestep and noise from random numbers
 (--seed, k, n) alone. So `--resume` is exact, in any number of processes or pieces of a batch.
 
     python train.py all --preset shapes
-    python train.py all --preset laptop --dry-run    # parameters, memory and hours
+    python train.py all --preset laptop --dry-run    # memory and hours
     python train.py all --data photos --clip ViT-B-32.pt --preset laptop
-    python train.py decoder --resume                 # one stage, continued after a stop
-    torchrun --nproc-per-node 4 train.py decoder     # four GPUs share each batch
+    python train.py decoder --resume                 # one stage, after a stop
+    torchrun --nproc-per-node 4 train.py decoder     # on four GPUs
 """
 
 import argparse
@@ -54,7 +54,7 @@ from sample import generators, grid
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
                                  save_atomically, training_state)
 
-VALIDATION = 8   # held-out batches that the EMA is measured on, always with the same noise
+VALIDATION = 8   # held-out batches
 EXPLODED = 1000  # a loss so many times the last row's mean stops the training
 
 
@@ -71,7 +71,7 @@ class Recipe:
     eps: float = 1e-8
     ema_decay: float = 0.9999
     warmup: int = 500          # steps in which the learning rate rises
-    at_once: int = 1 << 20     # rows a piece: the gradients of a batch's pieces are added up
+    at_once: int = 1 << 20     # rows a piece; the pieces' gradients are added up
     recompute: bool = False    # clip: keep only each block's input for the backward pass
     near: tuple = (0.0, 0.0)   # clip: shares of the steps between which near misses stand alone
     scale: float = 100.0       # clip: the most that its loss multiplies cosines by
@@ -106,7 +106,7 @@ RECIPES = {
 
 @dataclass
 class Context:
-    """All that a stage's loss and sample sheet need beside the network and a batch."""
+    """What a stage's loss and sample sheet need beside network and batch."""
     batches: Callable          # (stage, batch_size, seed, config, …) → Dataset of batches
     picture: Callable          # (number, side) → a Pillow picture of the training set
     device: torch.device
@@ -117,18 +117,18 @@ class Context:
     tokenizer: object = None   # clip's
     frozen: object = None      # priors, decoder: the FrozenCLIP that they are trained with
     codes: dict = field(default_factory=dict)  # ar-prior: components and buckets (prior.fit_codes)
-    given: str = "z_i"         # decoder: the condition beside the caption (--given)
+    given: str = "z_i"         # decoder: --given
     shown: tuple = (0, 1)      # upsamplers: numbers of the pictures on the sample sheet
     alone: bool = False        # clip: compare with near misses only, at this step
     extra: dict = field(default_factory=dict)  # kept in the checkpoint: CLIP's fingerprint, …
 
 
 def clip_batch_loss(model, batch, context, generators):
-    """The contrastive loss of a batch of (images, captions), over the rows of all processes (§2).
+    """The contrastive loss of (images, captions), over the rows of all processes (§2).
 
     Not in the paper: during Recipe.near each row is compared with its near misses only, since
-    binding and places are learned last; and cosines are multiplied by at most Recipe.scale, since
-    with CLIP's limit of 100 a few directions held nearly all of z_i's variance.
+    binding is learned last. With CLIP's scale of up to 100, not Recipe.scale, a few directions held
+    nearly all of z_i's variance.
     """
     images, captions = batch
     text, _ = clip_embed.encode_captions(model, context.tokenizer, captions)
@@ -145,9 +145,9 @@ def prior_batch_loss(model, batch, context, generators, loss=prior.prior_loss):
 
 
 def decoder_batch_loss(model, batch, context, generators):
-    """The decoder's loss of a batch of (images, captions), and for folders numbers (§2.1).
+    """The decoder's loss of (images, captions), and for folders numbers (§2.1).
 
-    With --given caption z_i is always dropped, and the caption in 20% of the rows, as in GLIDE.
+    With --given caption z_i is always dropped, the caption in 20%, as in GLIDE.
     """
     text, null = context.frozen.encode_texts(batch[1])
     z_i = z_i_of_batch(batch, text, context)
@@ -156,7 +156,7 @@ def decoder_batch_loss(model, batch, context, generators):
 
 
 def z_i_of_batch(batch, text, context):
-    """The decoder's z_i (B, d): of the batch's pictures, or z_t in its place with --given z_t."""
+    """The decoder's z_i (B, d): the pictures', or z_t with --given z_t (§5.1)."""
     if context.given == "z_t":
         return text["z_t"]
     if len(batch) > 2:  # a folder's pictures, embedded beforehand
@@ -180,8 +180,8 @@ def learning_rate(step, recipe):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Move the averaged weights towards the model's (table 3)."""
-    decay = min(decay, (1 + step) / (10 + step))  # lower at first, or initial weights would linger
+    """Move the averaged weights towards the model's (table 3); faster at first."""
+    decay = min(decay, (1 + step) / (10 + step))  # or the initial weights would linger
     for slow, fast in zip(ema.parameters(), model.parameters()):
         slow.lerp_(fast, 1 - decay)
 
@@ -193,7 +193,7 @@ def row_generators(seed, step, rows, held_out=False):
 
 
 class Loss(torch.nn.Module):
-    """A stage's loss as a module, for DistributedDataParallel: CLIP's calls its network twice."""
+    """A stage's loss as a module, for DistributedDataParallel."""
 
     def __init__(self, model, loss_of, context):
         super().__init__()
@@ -229,15 +229,15 @@ def add_gradients(loss, batch, step, context, held_out=False):
 
 def to_device(batch, device):
     """uint8 pictures of a batch to the device, as floats in [-1, 1]; the rest as it is."""
-    return tuple(to_floats(part.to(device)) if torch.is_tensor(part) and part.dtype == torch.uint8
-                 else part for part in batch)
+    pixels = [getattr(part, "dtype", None) == torch.uint8 for part in batch]
+    return tuple(to_floats(x.to(device)) if p else x for x, p in zip(batch, pixels))
 
 
 # ------------------------------ the loop
 
 @dataclass
 class Run:
-    """A training in progress."""
+    """A training."""
     stage: str
     context: Context
     model: torch.nn.Module
@@ -257,7 +257,7 @@ class Run:
 def train(stage, args, device):
     """Train one stage from its start, or from its checkpoint with --resume. Raises UserError.
 
-    A Ctrl-C or SIGTERM raises KeyboardInterrupt after the step is done and saved.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt after the step is saved.
     """
     path = args.out / f"{stage}.pt"
     run = begin(stage, args, device, path)
@@ -281,8 +281,8 @@ def train(stage, args, device):
             run.step += 1
             run.recent.append(loss)
             speed = (run.step - first) * recipe.batch_size / (time.time() - began)
-            bar.set_postfix(loss=f"{np.mean(run.recent[-100:]):.4f}", images_s=f"{speed:.0f}",
-                            refresh=False)
+            shown = f"loss={np.mean(run.recent[-100:]):.4f}, images_s={speed:.0f}"
+            bar.set_postfix_str(shown, refresh=False)
             due = run.step == recipe.steps or run.step % args.save_every == 0
             measured = held_out_loss(run, held_out) if due else None
             if due or run.step % args.log_every == 0:
@@ -293,19 +293,18 @@ def train(stage, args, device):
             if due and ranks()[0] == 0:
                 report(run, batch, path)
             if stop:
-                raise KeyboardInterrupt(f"{stage}: stopped after step {run.step}, saved in {path}; "
-                                        "go on with --resume")
+                raise KeyboardInterrupt(f"{stage}: stopped after step {run.step}, saved in "
+                                        f"{path}; go on with --resume")
 
 
 def begin(stage, args, device, path):
     """The Run of a stage: new, from --init's weights, or resumed from `path`. Raises UserError."""
     args.out.mkdir(parents=True, exist_ok=True)
-    begun = path.exists()
-    if begun and not args.resume:
+    if not path.exists():
+        return build(stage, prepare(stage, args, device), args.init)
+    if not args.resume:
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere by --out")
-    run = build(stage, prepare(stage, args, device), None if begun else args.init)
-    if not begun:
-        return run
+    run = build(stage, prepare(stage, args, device))
     saved, context = read_checkpoint(path, stage), run.context
     state = training_state(saved, context.config, context.extra | {"seed": args.seed}, path)
     run.model.load_state_dict(state["model"])
@@ -327,15 +326,16 @@ def build(stage, context, init=None):
         model.load_state_dict(given.state_dict())
     model.load_state_dict(context.codes, strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    for block in model.modules() if recipe.recompute else ():
-        if isinstance(block, clip_embed.ResidualAttentionBlock):
+    for block in model.modules():
+        if recipe.recompute and isinstance(block, clip_embed.ResidualAttentionBlock):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     decayed, others = [], []  # biases and norms don't decay, nor positions: CLIP would lose places
     for name, p in model.named_parameters():
         (decayed if p.ndim > 1 and "positional" not in name else others).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, recipe.learning_rate, (0.9, recipe.beta2), recipe.eps)
+    betas = 0.9, recipe.beta2
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.eps)
     loss = Loss(model, STAGES[stage].loss, context)
     if ranks()[1] > 1:
         loss = DistributedDataParallel(loss)
@@ -387,8 +387,8 @@ def report(run, batch, path):
 
 def prepare(stage, args, device):
     """The Context of a stage. Raises UserError."""
-    changes = {k: getattr(args, k) for k in ("batch_size", "steps", "learning_rate")}
-    changes = {k: v for k, v in changes.items() if v}
+    given = ("batch_size", "steps", "learning_rate")
+    changes = {k: v for k, v in vars(args).items() if k in given and v}
     if args.data:
         changes["near"] = (0.0, 0.0)  # a folder has no near misses
     recipe = replace(RECIPES[args.preset][stage], **changes)
@@ -407,7 +407,7 @@ def prepare(stage, args, device):
 
 
 def prepare_clip(context, args):
-    """A tokenizer, its merges learned from some two thousand captions, and a config that fits."""
+    """A tokenizer, its merges learned from two thousand captions, and a config."""
     captions = args.data.captions if args.data else shapes.corpus()
     merges = clip_embed.learn_bpe(captions[::-(-len(captions) // 2000)])
     context.tokenizer = clip_embed.Tokenizer(merges)
@@ -416,7 +416,7 @@ def prepare_clip(context, args):
 
 
 def prepare_frozen_clip(context, args):
-    """The CLIP of --clip or of the same folder, and its embeddings of a folder's pictures."""
+    """The CLIP of --clip or --out, and its embeddings of a folder's pictures."""
     path = Path(args.clip or args.out / "clip.pt")
     if args.dry_run and not path.exists():  # an untrained one is as fast
         prepare_clip(context, args)
@@ -431,7 +431,7 @@ def prepare_frozen_clip(context, args):
 
 
 def prepare_prior(context, args, presets=prior.PRESETS):
-    """The frozen CLIP and z_i of the fixed scenes, computed once and kept in a file."""
+    """The frozen CLIP and z_i of the fixed scenes."""
     prepare_frozen_clip(context, args)
     frozen, c = context.frozen, context.frozen.clip.config
     context.config = replace(presets[args.preset], embed_dim=c.embed_dim,
@@ -443,7 +443,7 @@ def prepare_prior(context, args, presets=prior.PRESETS):
 
 
 def prepare_ar_prior(context, args):
-    """As for the diffusion prior, and the components and buckets of z_i and z_i·z_t."""
+    """As the diffusion prior, and the codes' components and buckets."""
     prepare_prior(context, args, prior.AR_PRESETS)
     if args.dry_run:
         return
@@ -474,7 +474,7 @@ def prepare_decoder(context, args):
 
 
 def prepare_upsampler(context, args, size):
-    """Pictures that are large enough; the sample sheet prefers held-out ones. Raises TooFew."""
+    """The config; pictures that are large enough, held-out ones first. Raises TooFew."""
     context.config = upsample.PRESETS[args.preset][size]
     if args.data:
         args.data.check_count(size, context.recipe.batch_size)
@@ -485,7 +485,7 @@ def prepare_upsampler(context, args, size):
 # ------------------------------ sample sheets
 
 def clip_sheet(model, batch, context):
-    """Eight pictures, each beside its cosines with eight captions, as greys from 0 to 1."""
+    """Eight pictures, and their cosines with eight captions as greys from 0 to 1."""
     images, captions = batch[0][:8], batch[1][:8]
     z_t = clip_embed.encode_captions(model, context.tokenizer, captions)[0]["z_t"]
     cosine = (clip_embed.encode_pictures(model, images) @ z_t.T).clamp(0, 1)
@@ -494,7 +494,7 @@ def clip_sheet(model, batch, context):
 
 
 def prior_sheet(model, batch, context, sample=prior.sample):
-    """Eight captioned pictures; below each, the pictures nearest to three z_i of its caption."""
+    """Eight pictures; below each, the nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
     text, null = context.frozen.encode_texts(captions)
     known = context.frozen.z_i_of(slice(shapes.FIXED_SCENES))
@@ -535,25 +535,23 @@ class Stage(NamedTuple):
     sheet: Callable    # (model, batch, context) → Pillow image
 
 
-ar_batch_loss = partial(prior_batch_loss, loss=prior.ar_loss)
-ar_sheet = partial(prior_sheet, sample=prior.ar_sample)
+UPSAMPLER = upsample.Upsampler, upsampler_batch_loss, upsampler_sheet
 STAGES = {
     "clip": Stage(prepare_clip, clip_embed.CLIP, clip_batch_loss, clip_sheet),
     "prior": Stage(prepare_prior, prior.DiffusionPrior, prior_batch_loss, prior_sheet),
-    "ar-prior": Stage(prepare_ar_prior, prior.ARPrior, ar_batch_loss, ar_sheet),
+    "ar-prior": Stage(prepare_ar_prior, prior.ARPrior,
+                      partial(prior_batch_loss, loss=prior.ar_loss),
+                      partial(prior_sheet, sample=prior.ar_sample)),
     "decoder": Stage(prepare_decoder, decoder.Decoder, decoder_batch_loss, decoder_sheet),
-    **{f"upsample-{size}": Stage(partial(prepare_upsampler, size=size), upsample.Upsampler,
-                                 upsampler_batch_loss, upsampler_sheet) for size in (256, 1024)},
+    "upsample-256": Stage(partial(prepare_upsampler, size=256), *UPSAMPLER),
+    "upsample-1024": Stage(partial(prepare_upsampler, size=1024), *UPSAMPLER),
 }
 
 
 # ------------------------------ the command line
 
 def dry_run(stage, args, device):
-    """Print a stage's parameters, memory, images a second here, and hours to the end.
-
-    The backward pass's memory is not in it (experiments/speed.py --memory counts that).
-    """
+    """Print a stage's parameters, memory (the backward pass aside), speed here, and hours."""
     context = prepare(stage, args, device)
     steps, size = context.recipe.steps, context.recipe.batch_size
     with torch.device("meta"):
@@ -581,26 +579,25 @@ def images_a_second(stage, context):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Train unCLIP's stages on the built-in world of shapes, or on --data. Priors "
-        "and decoder need the CLIP of the same --out folder, or --clip. Upsamplers need nothing.",
-        epilog="A run that was stopped goes on with the same command and --resume. Several GPUs: "
-        "torchrun --nproc-per-node N train.py …, with the same options.")
+        description="Train unCLIP on the built-in world of shapes, or on --data. Priors and "
+        "decoder need the CLIP of the same --out folder, or --clip.",
+        epilog="A stopped run goes on with --resume. Several GPUs: torchrun --nproc-per-node N "
+        "train.py …, with the same options.")
     add = parser.add_argument
     add("stage", choices=["all", *STAGES, "export"], help="one stage; all in order; or export: "
         "copy a finished run in half precision from --out runs/NAME to weights/NAME")
-    add("--preset", default="shapes", choices=RECIPES, help="sizes and recipe (default shapes: a "
-        "laptop's CPU or any GPU; laptop: a laptop's GPU; paper: table 3)")
-    add("--data", metavar="FOLDER", help="train on these pictures: each with a .txt of the same "
-        "name, all in metadata.jsonl or metadata.csv (file_name, text), or .tar shards")
+    add("--preset", default="shapes", choices=RECIPES, help="sizes and recipe (default shapes, "
+        "for CPUs; laptop: a laptop's GPU; paper: table 3)")
+    add("--data", metavar="FOLDER", help="train on these pictures (docs/training.md: layouts)")
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
     add("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's")
     add("--bpe", metavar="PATH", help="the merges file of --clip, if none lies beside it")
     add("--steps", type=int, help="training steps in all (default: the recipe's)")
     add("--batch-size", type=int, help="of all processes together (default: the recipe's)")
     add("--learning-rate", type=float, help="its peak (default: the recipe's)")
-    add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="the decoder's condition "
-        "beside the caption: z_i (default), z_t (§5.1), caption: none, as in GLIDE")
-    add("--seed", type=int, default=0, help="of all random numbers (default 0)")
+    add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "
+        "beside the caption (default z_i; z_t: §5.1; caption: none, GLIDE)")
+    add("--seed", type=int, default=0)
     add("--init", type=Path, metavar="CHECKPOINT", help="start one stage from these weights")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     add("--dry-run", action="store_true", help="only print parameters, memory, speed and hours")

@@ -5,15 +5,13 @@ Out:  images (B, 3, 4h, 4h) in [-1, 1]
 
 Diffusion models P(x|low). The low-resolution picture, enlarged, is concatenated to the noisy one,
 and an ADM U-Net of convolutions alone predicts the noise: upsampler_loss is E‖ε − ε(x_t, t, low)‖².
-There is no caption, no z_i and no guidance. Without attention, the networks train on random crops a
-quarter of the side and are applied to whole pictures. The condition is damaged in training, so that
-they repair errors of the stage before: a Gaussian blur for the first; the BSR mix of blur,
-resizing, noise and JPEG for the second. Sampling is DDIM, with 27 and 15 steps. The first has the
-cosine schedule, the second the linear one.
+There is no caption, no z_i and no guidance. The networks train on random crops a quarter of the
+side and are applied to whole pictures. The condition is damaged in training, so that they repair
+errors of the stage before: a Gaussian blur for the first, the BSR mix of blur, resizing, noise and
+JPEG for the second. Sampling is DDIM. The first has the cosine schedule, the second the linear one.
 
-Not in the paper: the condition is blurred in half of the crops only; sampling starts below t = 999
-(top_step). The small `shapes` networks fold pixels into channels (`patch_size`) and predict the
-difference from the enlarged picture (eps_from_residual).
+Not in the paper: half of the crops are not blurred; sampling starts below t = 999 (top_step). The
+small `shapes` networks fold pixels into channels and predict a residual (eps_from_residual).
 
     python upsample.py picture.png --size 1024
 """
@@ -77,7 +75,7 @@ PRESETS = {
 
 @lru_cache
 def cosine_schedule(T=1000):
-    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule, β ≤ 0.999 (Improved DDPM eq. 17)."""
+    """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17)."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - betas, 0)
@@ -119,8 +117,7 @@ def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
 def eps_from_residual(x_t, residual, condition, alpha_t):
     """ε of x̂_0 = condition + residual, for a network that predicts the residual.
 
-    Not in the paper: networks that predict ε, trained for minutes, leave grain all over the
-    picture. The residual is small from the start.
+    Not in the paper: networks that predict ε, trained for minutes, leave grain all over.
     """
     return (x_t - alpha_t.sqrt() * (condition + residual)) / (1 - alpha_t).sqrt()
 
@@ -160,7 +157,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
-        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, H', W')."""
+        """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, ·, ·)."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
         if emb.shape[1] == h.shape[1]:
@@ -243,9 +240,8 @@ def gaussian_blur(images, sigma=0.6):
 def bsr_degrade(picture, rng):
     """Damage a Pillow picture as BSRGAN does, its size kept (§2.1).
 
-    Blur, down-and-up resizing, noise and JPEG in random order, each with probability one half. rng:
-    a numpy Generator. The strengths are not in the paper: less blur, more noise and JPEG than in
-    latent diffusion's light variant.
+    Blur, down-and-up resizing, noise and JPEG in random order, each with probability one half, with
+    strengths near latent diffusion's light variant. rng: a numpy Generator.
     """
     filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
@@ -277,9 +273,8 @@ def bsr_degrade(picture, rng):
 def training_crops(picture, config, rng, count):
     """`count` aligned pairs of one Pillow picture: (high, low), uint8 (count, 3, ·, ·) each.
 
-    low is the area average of high. It is damaged whole and then cropped on its own grid: pixel
-    (i, j) of a low crop lies over pixels (4i … 4i+3, 4j … 4j+3) of the high crop (§2.1). rng: a
-    numpy Generator.
+    low, the area average of high, is damaged whole, then cropped on its own grid: its pixel (i, j)
+    lies over pixels (4i … 4i+3, 4j … 4j+3) of high (§2.1). rng: a numpy Generator.
     """
     factor, side = config.image_size // config.low_size, round(config.low_size * config.crop)
     small = picture.reduce(factor)
@@ -307,8 +302,7 @@ def randn(generators, shape, device):
 def upsampler_loss(model, high, low, generators):
     """E‖ε − ε(x_t, t, low)‖² of crops (§2.1; DDPM eq. 14).
 
-    high (B, 3, H, W) and damaged low (B, 3, H/4, W/4) in [-1, 1]; generators: one torch.Generator a
-    row.
+    high (B, 3, H, W), low (B, 3, H/4, W/4) in [-1, 1]; generators: one torch.Generator a row.
     """
     alphas_cumprod = SCHEDULES[model.config.schedule]()
     t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(high.device)
@@ -323,9 +317,9 @@ def upsampler_loss(model, high, low, generators):
 # ------------------------------ sampling
 
 def ladder(steps, top):
-    """A sampler's timesteps, ascending, evenly spaced from 0 to `top` (Improved DDPM §4).
+    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
 
-    One step is [top]. Raises ValueError.
+    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
@@ -334,7 +328,7 @@ def ladder(steps, top):
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (not in the paper).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; not in the paper).
 
     At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
@@ -343,7 +337,7 @@ def top_step(alphas_cumprod, signal=0.015):
 
 @torch.no_grad()
 def sample(model, low, generators, steps=None, bar=False):
-    """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h), by DDIM (§2.1, table 3).
+    """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h) (§2.1, table 3; DDIM eqs. 12, 16).
 
     generators: one torch.Generator a picture; steps: the config's (27 and 15) if None.
     """
@@ -372,12 +366,11 @@ def main():
         "shipped ones know flat shapes, not photographs.")
     here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
     add("picture", help="any picture; it is cropped to a square")
-    add("--size", type=int, default=256, choices=[256, 1024], help="pixels a side (default 256)")
+    add("--size", type=int, default=256, choices=[256, 1024], help="(default 256)")
     add("--weights", type=Path, default=here, help="folder of checkpoints")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", type=Path, default=Path("upsample.png"), help="where the sheet goes: bicubic "
-        "enlargement, and the upsamplers' picture")
+    add("--out", type=Path, default=Path("upsample.png"), help="bicubic and upsampled picture")
     args = parser.parse_args()
     import clip_embed as ce
     from weights.checkpoints import load_model, read_checkpoint

@@ -21,6 +21,7 @@ import upsample
 from clip_embed import UserError
 from data import shapes
 from weights import checkpoints
+from weights import stack as stack_module
 
 TINY = {
     clip_embed: clip_embed.CLIPConfig(embed_dim=16, image_size=64, vision_patch_size=32, vision_width=16, vision_layers=1, vision_heads=1,
@@ -236,7 +237,7 @@ def test_of_several_candidates_the_one_is_kept_that_surprises_the_prior_least(ki
     assert len(set(choices)) > 1
     alone = sample.generate(stack, captions[2:3], seed=32, prior_kind=kind, candidates=4, **OPTIONS)
     assert (alone[0] - kept[2]).abs().max() * 127.5 <= 2
-    monkeypatch.setattr(sample, "LARGE", 0)
+    monkeypatch.setattr(stack_module, "LARGE", 0)
     lean = sample.load_stack(weights, prior_kind=kind, lean=True, judge=True)
     assert (sample.generate(lean, captions, seed=30, prior_kind=kind, candidates=4, **OPTIONS) - kept).abs().max() * 127.5 <= 2
 

@@ -24,6 +24,7 @@ TINY = ROOT / "tests/fixtures/karlo-tiny"
 sys.path.append(str(ROOT / "weights"))
 import karlo
 from weights import checkpoints, published
+from weights import stack as stack_module
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_the_chain_s_defaults_are_the_library_s_and_its_largest_size_is_made(fol
 def test_large_checkpoints_are_read_when_asked_for_and_make_the_same_picture(folder, stack, monkeypatch):
     options = dict(size=256, prior_steps=2, decoder_steps=2, upsample_steps=(2, None))
     want = sample.generate(stack, ["a party hat"], **options)
-    monkeypatch.setattr(sample, "LARGE", 0)
+    monkeypatch.setattr(stack_module, "LARGE", 0)
     lean = sample.load_stack(folder, size=256, lean=True)
     assert lean["decoder"] is not lean["decoder"] and stack["decoder"] is stack["decoder"]
     difference = (sample.generate(lean, ["a party hat"], **options) - want).abs() * 127.5

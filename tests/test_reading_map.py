@@ -1,4 +1,4 @@
-"""The README's reading map: whole, and true of the code; and table 3, from the paper, against the presets."""
+"""docs/reading-map.md: whole, and true of the code; and table 3, from the paper, against the presets."""
 
 import ast
 import math
@@ -17,7 +17,7 @@ import train
 import upsample
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAP = (ROOT / "docs/reading-map.md").read_text(encoding="utf-8").replace("](../", "](")  # paths from the root
 
 # What the paper holds, from its own table of contents, figures and tables, not from the map.
 SECTIONS = "1 2 2.1 2.2 3 3.1 3.2 3.3 4 5.1 5.2 5.3 5.4 5.5 6 7".split()
@@ -34,9 +34,9 @@ FORMULAS = ("P(x|y) = P(x|z_i, y) P(z_i|y)", "cross-entropy over rows and column
 WITHOUT_CODE = {"§1", "§5.2", "§5.4", "fig. 13", "§6", "figs. 15–17", "appendix A", "appendix D"}  # no other row may lack it
 
 
-def rows(readme):
+def rows(page):
     """The map's rows, four cells each: what of the paper, code, choices, tests."""
-    part = readme.partition("## Reading map\n")[2].partition("\n## ")[0]
+    part = page.partition("\n## ")[0]
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in part.splitlines() if line.startswith("| ")]
     return [[cell.strip().replace("\\|", "|") for cell in line] for line in lines if line[0].strip() != "the paper"]
 
@@ -49,15 +49,15 @@ def docstrings(path):
     return {name: " ".join((ast.get_docstring(node) or "").split()) for name, node in named.items()}
 
 
-def faults(readme):
-    """What is wrong with the map of a README, a line each."""
-    found, table = [], rows(readme)
+def faults(page):
+    """What is wrong with the map of a page, a line each."""
+    found, table = [], rows(page)
     for of_paper, code, choice, tests in table:
         citations = re.findall(r"\*\*(.+?)\*\*", of_paper)
         links = re.findall(r"\[`([\w/.]+)`\]\((.+?)\)", code)
         found += [f"{of_paper}: cites nothing"] * (not citations)
         for label, path in links:  # module.function, or the path of a script, whose opening docstring then cites
-            name = path if label == path else label.removeprefix(path.removesuffix(".py") + ".")
+            name = path if label == path else label.removeprefix(Path(path).stem + ".")
             there = docstrings(path) if (ROOT / path).exists() else {}
             if name not in there:
                 found.append(f"{of_paper}: there is no {name} in {path}")
@@ -81,8 +81,8 @@ def faults(readme):
 
 
 def test_the_map_is_whole_and_true():
-    assert len(rows(README)) > 60
-    assert faults(README) == []
+    assert len(rows(MAP)) > 60
+    assert faults(MAP) == []
 
 
 @pytest.mark.parametrize("old, new, fault", [
@@ -102,7 +102,7 @@ def test_the_map_is_whole_and_true():
     ("slerp(z_1, z_2, θ)", "slerp(z_1, z_2)", "z_θ = slerp(z_1, z_2, θ) is not in the map"),
 ])
 def test_what_is_wrong_with_a_map_is_found(old, new, fault):
-    assert old in README and any(fault in line for line in faults(README.replace(old, new)))
+    assert old in MAP and any(fault in line for line in faults(MAP.replace(old, new)))
 
 
 def test_the_paper_presets_and_recipes_are_table_3():
@@ -166,8 +166,8 @@ def test_the_prior_scales_by_17_2_at_1024_and_to_one_deviation_elsewhere():
     ("prior", "q_sample DiffusionPrior prior_loss sample pca ARPrior ar_loss ar_sample main"),
     ("decoder", "q_sample Decoder decoder_loss guided sample invert main"),
     ("upsample", "q_sample Upsampler bsr_degrade training_crops upsampler_loss sample main"),
-    ("sample", "generate load_stack save_png main"),
-    ("train", "random_scene Batches Recipe train main"),
+    ("sample", "Chain surprise generate save_png main"),
+    ("train", "Recipe learning_rate row_generators train prepare main"),
     ("manipulate", "invert decode variations interpolate text_diff pca_reconstruct main"),
 ])
 def test_a_stage_file_opens_with_its_story_in_a_screen_and_keeps_to_its_order(stage, order):

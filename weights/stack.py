@@ -1,0 +1,63 @@
+"""The networks of a folder of checkpoints, for sample.py and manipulate.py."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import clip_embed
+import decoder
+import prior
+import upsample
+from weights.checkpoints import fingerprint, load_model, read_checkpoint
+
+SHIPPED = Path(__file__).parent / "shapes"
+SIZES = (64, 256, 1024)
+PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior: its stage
+LARGE = 1e9  # bytes of checkpoints that are read only when they are used
+
+
+class Stages(dict):
+    """{stage: network}; a network given as a partial is built at each use and kept by nobody."""
+
+    def __getitem__(self, stage):
+        value = super().__getitem__(stage)
+        return value() if isinstance(value, partial) else value
+
+
+def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
+               bpe=None, lean=False, judge=False):
+    """{"clip", "tokenizer", "prior", …}: the networks for pictures of `size`, from a folder.
+
+    prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
+    clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
+    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one, to judge
+    candidates. Raises UserError for a checkpoint that is missing, damaged, or of another CLIP.
+    """
+    weights = Path(weights)
+    clip_path = clip_path or weights / "clip.pt"
+    clip, tokenizer = clip_embed.load_clip(clip_path, bpe)
+    kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig),
+             "ar-prior": (prior.ARPrior, prior.ARConfig)}
+    wanted = {PRIORS[prior_kind], "prior" if judge and (weights / "prior.pt").exists() else None}
+    kinds = {stage: kind for stage, kind in kinds.items() if stage in wanted}
+    kinds["decoder"] = (decoder.Decoder, decoder.DecoderConfig)
+    for large in SIZES[1:SIZES.index(size) + 1]:
+        kinds[f"upsample-{large}"] = (upsample.Upsampler, upsample.UpsamplerConfig)
+    mark = fingerprint(clip)
+    paths = {stage: weights / f"{stage}.pt" for stage in kinds}
+    bytes_of = [path.stat().st_size if path.exists() else -math.inf for path in paths.values()]
+    large = lean and sum(bytes_of) > LARGE
+
+    def load(stage):
+        checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
+        network = load_model(*kinds[stage], checkpoint, paths[stage])
+        half = large and torch.device(device).type == "cuda"
+        # channels_last convolves faster, but its copies take memory
+        layout = torch.preserve_format if large else torch.channels_last
+        return network.to(device, torch.float16 if half else torch.float32, memory_format=layout)
+
+    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
+    networks = {stage: partial(load, stage) if large else load(stage) for stage in kinds}
+    return Stages(stack | networks)
