@@ -150,7 +150,6 @@ def slerps():
 
 
 def main():
-    """The script: what --help says."""
     argparse.ArgumentParser(description="Draw the pictures of the exercises' pages, exercises/pages/*.png.").parse_args()
     for name, draw in {"03-schedule": schedule, "04-noise": noise, "12-crops": crops, "13-mask": mask, "16-buckets": buckets,
                        "18-slerp": slerps}.items():

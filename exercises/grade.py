@@ -256,7 +256,6 @@ def gradescope(results, seconds):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Grade a student copy: a table of points, the first statement that does not "
                                      "hold for "
                                      "each exercise, and results.json as Gradescope reads it.")

@@ -100,7 +100,9 @@ def hand_out(folder, numbers=()):
     names = [*files, *pages, "exercises/README.md"]
     index = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
     index = re.sub(r"(?m)(^\| \d+ \|.*\n)+", lambda _: rows(exercises), index)
-    written = {**sources(exercises), "exercises/README.md": unlink(index, "exercises", names),
+    docs = {name: unlink(path.read_text(encoding="utf-8"), "docs", names) for name, path in files.items()
+            if name.startswith("docs/") and name.endswith(".md")}
+    written = {**sources(exercises), **docs, "exercises/README.md": unlink(index, "exercises", names),
                "README.md": student_readme(files["README.md"].read_text(encoding="utf-8"), exercises, names),
                **{page: unlink((ROOT / page).read_text(encoding="utf-8"), "exercises/pages", names) for page in pages}}
     for name in {*names, *written}:
@@ -114,7 +116,6 @@ def hand_out(folder, numbers=()):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Write a student copy of the repository, in which the functions of the "
                                      "exercises "
                                      "are blank.")

@@ -124,7 +124,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Find the link of the chain that swaps two things' colours.", 48, "captions, in pairs that swap colours")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)

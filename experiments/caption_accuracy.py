@@ -339,7 +339,6 @@ def read_file(path):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(
         description="Score pictures against their captions, attribute by attribute, by reading them back from pixels. "
         "The reader is first scored on true renderings, so that its own errors are known.")

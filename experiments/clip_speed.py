@@ -97,7 +97,6 @@ def measure(folder, images, captions):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Load random weights of a published CLIP's sizes and embed with them: seconds, "
                                      "peak anonymous memory, images/s, captions/s.")
     parser.add_argument("--model", default="ViT-L/14", choices=MODELS, help="default ViT-L/14")

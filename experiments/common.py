@@ -31,7 +31,7 @@ from weights.checkpoints import fingerprint, load_model, read_checkpoint
 from sample import BATCH, in_batches, rows
 from manipulations import to_images
 from priors import cell, frechet
-from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase
+from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase  # noqa: F401, phrase: for the scripts
 
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}

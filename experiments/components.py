@@ -89,7 +89,6 @@ def conclusions(early):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 40,
                      "pictures of one thing")
     with one_line_errors(), torch.no_grad():

@@ -79,7 +79,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Name, decode and draw the four colour-shape pairs that training never shows, beside twelve that it does.",
                      36, "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():

@@ -54,7 +54,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Give the decoder a caption with each kind of z_i, and read back what the pictures show.", 36,
                      "captions, half of one thing, half of two")
     parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")

@@ -71,7 +71,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, "
                      "fidelity and diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")

@@ -60,7 +60,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, fidelity and diversity.", 32,
                      "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale where guided (default 2; elsewhere 1, none)")

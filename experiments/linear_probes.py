@@ -80,7 +80,6 @@ def preferred(stack, scenes, z_i):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Probe CLIP's image embedding of scenes of shapes: how many directions it uses, what "
                                      "a linear map reads from it, and which captions it tells apart.")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.pt", help="a checkpoint of train.py (default: the shipped one)")

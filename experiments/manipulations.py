@@ -247,7 +247,6 @@ PARTS = {"inversion": inversion, "variations": variations, "interpolation": inte
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Measure the manipulations of §3 and the probe of fig. 7 on unseen scenes.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all of them)")
     parser.add_argument("--n", type=int, default=200, help="pictures for each part (default 200)")

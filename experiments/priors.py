@@ -205,7 +205,6 @@ def report(results):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Compare both priors with each other, with z_t and with true embeddings, on "
                                      "captions that neither was trained on; and analytic with fixed-small variance.")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of clip.pt, prior.pt and ar-prior.pt")

@@ -49,7 +49,6 @@ def cells(images, captions):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Read back what the decoder draws from the true z_i, the prior's or none, with "
                                      "the caption and without, and what the upsamplers keep of it.")
     parser.add_argument("--n", type=int, default=200, help="captions (default 200)")

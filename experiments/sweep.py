@@ -49,7 +49,6 @@ def measure(stack, captions, seed, **options):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, its steps, then its candidates, and read back how "
                                      "often the pictures show all that their captions say.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")

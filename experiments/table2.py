@@ -113,7 +113,6 @@ def balance(costs):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Compare the autoregressive with the diffusion prior, as trained and at equal sampling time.", 48,
                      f"captions whose pictures are decoded; {MORE} times as many z_i are drawn")
     for stage in LOSSES:

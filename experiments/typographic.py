@@ -2,8 +2,8 @@
 
 In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter; two short trainings make one that
       has, in a tenth of its scenes, and a decoder for it:
-        python train.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
-        python train.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
+        python experiments/train_words.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
+        python experiments/train_words.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
 Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
       CLIP's nearest caption "a circle" … "a cross" names the thing, how often the word, and how often one of the four other
       shapes, which is what mere damage would make of it; and which of these a decoding of z_i shows. The reader's own line is of
@@ -124,7 +124,6 @@ def conclusions(rows):
 
 
 def main():
-    """The script: what --help says."""
     parser = options("Write words across things: is CLIP's label fooled, and what do decodings of its z_i show?", 64, "pictures")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)

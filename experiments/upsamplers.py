@@ -59,7 +59,6 @@ def scene_with_circle(seed, k):
 
 
 def main():
-    """The script: what --help says."""
     parser = argparse.ArgumentParser(description="PSNR and width of edges of the upsamplers on true renderings at 64 pixels, beside "
                                      "bicubic enlargement and the true renderings.")
     parser.add_argument("--n", type=int, default=50, help="scenes (default 50); half hold one circle, for the edges")

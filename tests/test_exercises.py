@@ -144,9 +144,9 @@ def test_no_part_of_a_solution_is_left_in_a_student_copy():
     for numbers in [[], *([exercise.number] for exercise in EXERCISES)]:
         exercises = choose(numbers)
         sources = [*hand_out.sources(exercises).values(),
-                   *((path.read_text(encoding="utf-8")) for path in (ROOT / "weights").glob("*.py"))]
+                   *(path.read_text(encoding="utf-8") for room in ("data", "weights") for path in (ROOT / room).glob("*.py"))]
         pages = [ROOT / "exercises/pages" / exercise.page for exercise in exercises]
-        text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "exercises/README.md", *pages))
+        text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "exercises/README.md", *(ROOT / "docs").glob("*.md"), *pages))
         left = set()
         for lines in map(str.splitlines, sources):  # definition by definition: most are the same in all copies
             nodes = ast.parse("\n".join(lines)).body
