@@ -412,7 +412,8 @@ def test_the_scripts_themselves_train_on_a_folder_and_sample(drawn, tmp_path):
 
 
 LISTING = """
-import sys, time, train
+import sys, time
+from data import folder as captioned
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 open("/proc/self/clear_refs", "w").write("5")  # a child begins with its parent's peak
 began, before = time.process_time(), peak()  # seconds of this process alone, whatever else the machine does
@@ -452,7 +453,7 @@ def test_a_core_decodes_75_photographs_a_second(tmp_path):
         (folder / f"{k}.txt").write_text(f"noise {k}")
     data = captioned.gather(folder, tmp_path / "runs", 0)
     for stage, config in (("decoder", decoder.PRESETS["laptop"]), ("upsample-256", upsample.PRESETS["laptop"][256]), ("clip", clip_embed.PRESETS["laptop"])):
-        batches, began = captioned.FolderBatches(data, stage, 32, 0, config), time.perf_counter()
+        batches, began = captioned.FolderBatches(data, stage, 32, 0, config, crops=upsample.training_crops), time.perf_counter()
         for k in range(5):
             batches[k]
         speed = 160 / (time.perf_counter() - began)

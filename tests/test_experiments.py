@@ -59,8 +59,7 @@ def test_rivals_are_scenes_that_the_caption_is_wrong_of():
 @pytest.mark.slow
 def test_the_speed_of_every_stage_can_be_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "seconds", lambda run, device: (run(), 2.0)[1])
-    args = Namespace(preset="shapes", batch_size=8, precision="float32", data=None, clip=None, bpe=None, given="z_i", out=tmp_path,
-                     seed=0, workers=0, only=(), words=0.0, steps=None, learning_rate=None, dry_run=True)
+    args = Namespace(preset="shapes", batch_size=8, precision="float32", folder=tmp_path)
     for stage in train.STAGES:
         name, parameters, batch, images_s, *_ = speed.measure(stage, args, torch.device("cpu"), 1e12)
         assert (name, batch, images_s) == (stage, "8", "4") and float(parameters.split()[0]) > 1
