@@ -6,7 +6,6 @@
 import argparse
 import math
 import types
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -16,7 +16,6 @@ import sys
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

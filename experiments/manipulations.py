@@ -25,9 +25,8 @@ import decoder
 import manipulate
 import sample
 from caption_accuracy import read_scene, score
-from clip_embed import UserError, encode_captions, one_line_errors, pick_device
-from clip_embed import to_tensor
-from data.shapes import COLOURS, HELD_OUT, SHAPES, Scene, Thing, VALUES, describe, lay_out, pick, random_scene, render
+from clip_embed import UserError, encode_captions, one_line_errors, pick_device, to_tensor
+from data.shapes import HELD_OUT, Thing, VALUES, describe, lay_out, pick, random_scene, render
 
 KEPT = ("shape", "colour", "size", "relation")
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # of principal components
