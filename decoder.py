@@ -296,8 +296,7 @@ class Decoder(nn.Module):
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
-            end = mask.sum(1) - 1
-            caption = states[torch.arange(len(states), device=t.device), end]
+            caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]
         else:
             states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
         emb, context, mask = self.inject(emb + self.text_to_emb(caption), norm * z_i, states, mask)
@@ -447,10 +446,11 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
     guidance_scale = c.guidance if guidance_scale is None else guidance_scale
-    x, rungs = x_T, inversion_ladder(steps or c.steps)
     if x_T is None:
         x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device)
         rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
+    else:
+        x, rungs = x_T, inversion_ladder(steps or c.steps)
     for n in tqdm(reversed(range(len(rungs))), "decoder", len(rungs), disable=not bar):
         alpha_t = alphas_cumprod[rungs[n]]
         alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)

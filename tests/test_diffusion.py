@@ -318,6 +318,17 @@ def test_z_i_is_dropped_a_tenth_and_the_caption_half_of_the_time_independently()
     assert share(seen["prior"]) == pytest.approx(0.1, abs=0.01)
 
 
+def test_fresh_noise_may_take_every_step_that_there_is_more_than_an_inversion_has():
+    visited = []
+    model = lambda x, t, z_i, text: (visited.append(int(t[0])), (torch.zeros_like(x), torch.zeros_like(x)))[1]
+    model.config = decoder.DecoderConfig(image_size=2)
+    steps = decoder.top_step(ALPHAS) + 1
+    decoder.sample(model, torch.zeros(1, 4), no_text(1), no_text(1), generators(1), 1, steps)
+    assert visited == list(range(steps))[::-1]
+    with pytest.raises(ValueError, match=f"not {steps}"):
+        decoder.inversion_ladder(steps)
+
+
 def test_the_ladder_avoids_the_top_step_and_ends_at_the_picture():
     for schedule in (ALPHAS, upsample.linear_schedule()):
         top = decoder.top_step(schedule)
