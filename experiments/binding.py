@@ -1,16 +1,20 @@
-"""Where does the chain mix up which colour is which shape's? (§7, fig. 14, fig. 15)
+"""Which link of the chain gives a colour to the wrong shape? (§7, fig. 14, fig. 15)
 
 In:   a folder of checkpoints
-Out:  on stdout, a table over pairs of captions with their colours swapped, "a red circle and a blue square" beside "a blue
-      circle and a red square": how often each link prefers the right one of the two, which is 0.5 by chance,
-        CLIP             of a true picture and both captions, by the cosine
-        z_i              of a true picture's z_i, by the nearest of other true pictures of both captions: z_i holds this at least,
-                         a trained probe finds more (linear_probes.py)
-        … prior          the same of z_i drawn by a prior for the caption
-        decoder          of pictures decoded from a true picture's z_i, alone or with the caption, read from their pixels
-        … chain          of pictures from the caption, read from their pixels
-      where pictures that show neither are left out, but counted ("right pairs", "swapped pairs", of all); then the
-      conclusions. --picture: pictures of the first captions, the true ones above
+Out:  on stdout, a table over pairs of captions with swapped colours, such as "a red circle and a
+      blue square" and "a blue circle and a red square". It shows how often each link prefers the
+      right caption of the two (0.5 by chance):
+        CLIP             compares a true picture with both captions, by the cosine
+        z_i              compares a true picture's z_i with other true pictures of both captions,
+                         and takes the nearest. z_i holds at least this much; a trained probe finds
+                         more (linear_probes.py)
+        … prior          the same for z_i that a prior draws for the caption
+        decoder          reads pictures decoded from a true picture's z_i, with the caption or
+        without
+        … chain          reads pictures made from the caption
+      Pictures that show neither pair do not count here. The columns "right pairs" and "swapped
+      pairs" are shares of all pictures. Then the conclusions. --picture: pictures of the first
+      captions, with true ones above
 
     python experiments/binding.py --picture docs/binding.png
 """
@@ -33,11 +37,14 @@ from manipulations import z_t
 from priors import embed
 from data.shapes import COLOURS, HELD_OUT, SHAPES, swapped
 
-REFERENCES = 64  # true pictures of each caption, for the nearest
+REFERENCES = 64  # true pictures of each caption, to find the nearest
 
 
 def pairs_of(n, seed):
-    """n of [(colour, shape), (colour, shape)], all trained; number k + 1 is number k with its colours swapped, for even k."""
+    """n of [(colour, shape), (colour, shape)], all of them trained.
+
+    For even k, number k + 1 is number k with its colours swapped.
+    """
     rng, pairs = np.random.default_rng([seed, 1 << 54]), []
     while len(pairs) < n:
         (a, b), (s, t) = (rng.permutation(list(values))[:2].tolist() for values in (COLOURS, SHAPES))
@@ -47,26 +54,31 @@ def pairs_of(n, seed):
 
 
 def neighbours(rows):
-    """The other one of each two neighbours, along the first axis of a tensor with an even length."""
+    """Rows 0 and 1, 2 and 3, … exchanged, along the first axis (of even length)."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def preference(z, own):
-    """How far each of z (n, d) prefers its own of two sets of directions: the largest cosine with own (n, R, d) less that with the
-    swapped one's."""
+    """How much each of z (n, d) prefers its own directions (n, R, d) to the swapped caption's.
+
+    The largest cosine with its own directions, less the largest with the swapped caption's.
+    """
     nearest = lambda directions: F.cosine_similarity(z[:, None], directions, dim=-1).amax(1)
     return nearest(own) - nearest(neighbours(own))
 
 
 def references(stack, captions, seed):
-    """z_i (n, R, d) of R true pictures of each caption; of each two captions the second's are the first's with colours exchanged."""
+    """z_i (n, R, d) of R true pictures of each caption.
+
+    In each pair of captions, the second's pictures are the first's with colours exchanged.
+    """
     first = true_scenes([caption for caption in captions[::2] for _ in range(REFERENCES)], seed)
     both = [embed(stack, scenes).unflatten(0, (-1, REFERENCES)) for scenes in (first, [swapped(scene, "colour") for scene in first])]
     return torch.stack(both, 1).flatten(0, 1)
 
 
 def verdicts(images, pairs):
-    """For each picture 1 where it shows its two colour-shape pairs, 0 where the swapped ones, NaN for anything else."""
+    """For each picture: 1 if it shows its colour-shape pairs, 0 if the swapped ones, else NaN."""
     result = []
     for image, ((a, s), (b, t)) in zip(images, pairs):
         found = sorted((thing.colour, str(thing.shape)) for thing in read_scene(sample.to_picture(image)).things)
@@ -75,7 +87,7 @@ def verdicts(images, pairs):
 
 
 def decided(observed):
-    """The share of right ones among verdicts that are right or swapped."""
+    """The share of right verdicts among right and swapped ones."""
     told = [v for v in observed if not math.isnan(v)]
     return float(np.mean(told)) if told else math.nan
 
@@ -113,7 +125,10 @@ def measure(stack, args):
 
 
 def conclusions(rows):
-    """What reads z_i against chance; then, by the right pairs among all pictures, what each further link loses or gains."""
+    """The links up to z_i against chance; then the loss or gain of each further link.
+
+    The latter compares right pairs among all pictures.
+    """
     said = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
             for link in ("CLIP", "z_i", "diffusion prior", "AR prior")]
     right, alone, told = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
@@ -124,7 +139,8 @@ def conclusions(rows):
 
 
 def main():
-    parser = options("Find the link of the chain that swaps two things' colours.", 48, "captions, in pairs that swap colours")
+    parser = options("Find the link of the chain that swaps the colours of two things.", 48,
+                     "captions, in pairs that swap colours")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         args.n += args.n % 2

@@ -1,14 +1,15 @@
-"""How often do generated pictures show what their captions say? Read from pixels, with no network involved.
+"""How often do generated pictures show their captions? Read from pixels, without any network.
 
-In:   picture files with their caption in the PNG text chunk "caption" (as sample.py saves them); without
-      files, --n pictures are generated from random captions
-Out:  on stdout, Markdown tables: right / said (percent) of each attribute, for captions of one thing, of two
-      things, and all. The first is the reader's own: scored on true renderings, it shows what it gets wrong; the
-      last column of the second is relative to it. --sheet draws the failures, --json keeps every score
+In:   picture files with their caption in the PNG text chunk "caption" (as sample.py saves them).
+      Without files, --n pictures are generated from random captions
+Out:  on stdout, Markdown tables with right / named (percent) of each attribute, for captions of one
+      thing, of two things, and all. The first table is about the reader itself: its scores on true
+      renderings show its own errors. The last column of the second table is relative to the first.
+      --sheet draws the failures, --json keeps every score
 
-The reader explains a picture as background + a · colour + s · lightening: a is the share of each pixel that a
-thing covers, s the share that its light stripes cover. For every shape it looks for the position, radius and
-tilt that leave least unexplained, then for the colour.
+The reader models a picture as background + a · colour + s · lightening. a is the share of each
+pixel that a thing covers, s the share that its light stripes cover. For every shape it searches the
+position, radius and tilt that leave the smallest error, then the colour.
 
     python experiments/caption_accuracy.py --weights runs/shapes
     python experiments/caption_accuracy.py samples/*.png
@@ -35,9 +36,9 @@ from clip_embed import UserError, one_line_errors, pick_device
 from data.shapes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Scene, Thing, VALUES, WORDINGS, attributes_in_caption, describe, is_held_out, lay_out, pick, random_scene, render
 
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
-SIDE = 64  # pictures are read at this size
-CONTRAST = 36  # RGB distance from the background that every pixel of a thing has; the clearest has twice as much
-SPECK = 20  # pixels; a smaller component is no thing (the least small star covers 41)
+SIDE = 64  # the reader's picture size
+CONTRAST = 36  # least RGB distance of a thing's pixels to the background; the clearest has twice it
+SPECK = 20  # pixels; a smaller component is no thing (the smallest star covers 41)
 UNEXPLAINED = 0.2  # share of the squared contrast; true things leave less than 0.15, however noisy or blurred
 BLURS = (0.3, 0.5, 0.9)  # sigmas in pixels; 0.3 is the averaging over a pixel that every picture has
 TEMPLATE, UNIT = 128, 46  # a template's side, and the thing's radius in it, in the template's pixels
@@ -73,9 +74,10 @@ def components(mask):
 
 @lru_cache(maxsize=None)
 def template(shape, blur):
-    """What a shape and its light stripes cover: (2, TEMPLATE, TEMPLATE), blurred by a sigma of `blur` of its pixels.
+    """The cover of a shape and of its light stripes: (2, TEMPLATE, TEMPLATE).
 
-    Taken from what render draws, so that the reader knows of no other world.
+    blur: a sigma, in the template's pixels. The template is made by render, so the reader sees the
+    same shapes as training.
     """
     def draw(fill):
         scene = Scene((Thing(shape, "black", "large", fill, radius=UNIT / TEMPLATE),), None, "white", 0.0)
@@ -87,7 +89,7 @@ def template(shape, blur):
 
 
 def cover(shape, poses, blur, xy):
-    """What a shape and its light stripes cover of the pixels at xy (P, 2): a, s (K, P) for poses (K, 4).
+    """The cover of a shape and of its stripes at pixels xy (P, 2): a, s (K, P) for poses (K, 4).
 
     A pose is x, y and radius in pixels, and tilt in radians; blur is a sigma in pixels.
     """
@@ -99,9 +101,9 @@ def cover(shape, poses, blur, xy):
 
 
 def best_pose(shape, poses, blur, xy, contrast):
-    """Of poses (K, 4), the one where a · u + s · v, with any colours u and v, comes nearest to contrast (P, 3).
+    """The best of poses (K, 4): a · u + s · v, for any colours u, v, is nearest to contrast (P, 3).
 
-    Returns (squared error, blur, shape, pose): the least of several is the best.
+    Returns (squared error, blur, shape, pose), so that the smallest of several is the best.
     """
     a, s = cover(shape, poses, blur, xy)
     aa, ss, both = ((p * q).sum(1)[:, None] for p, q in ((a, a), (s, s), (a, s)))
@@ -112,10 +114,11 @@ def best_pose(shape, poses, blur, xy, contrast):
 
 
 def fit_thing(mask, contrast, plane):
-    """The Thing that explains best how pixels differ from the background, contrast (64, 64, 3), around a mask.
+    """The Thing that best explains the contrast (64, 64, 3) to the background around a mask.
 
-    Its shape is None where no shape explains them. Colours are free while the pose is sought, so that one a
-    little off costs no shape; then the thing is compared with what it would look like in each colour.
+    Its shape is None if no shape explains the pixels. Colours are free during the search for the
+    pose, so a colour that is a little off costs no shape. Then the thing is compared with its
+    rendering in each colour.
     """
     rows, columns = np.nonzero(mask)
     patch = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
@@ -150,7 +153,7 @@ def fit_thing(mask, contrast, plane):
 
 
 def relation_of(first, second):
-    """How the first of two things stands to the second: the relation along the axis that separates them more."""
+    """The relation of the first of two things to the second, along the axis of larger distance."""
     dx, dy = second.x - first.x, second.y - first.y
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"
@@ -158,10 +161,11 @@ def relation_of(first, second):
 
 
 def read_scene(picture):
-    """The Scene that a picture shows: a Pillow RGB image or uint8 (H, H, 3), at least 64 pixels a side.
+    """The Scene in a picture: a Pillow RGB image or uint8 (H, H, 3), at least 64 pixels a side.
 
-    Things come from left to right, as many as there are, with the relation of the first to the second where
-    there are two; a thing like none of the shapes has shape None. Raises UserError for any other array.
+    All things are listed from left to right. If there are two, the Scene has the relation of the
+    first to the second. A thing unlike all shapes has shape None. Raises UserError for any other
+    array.
     """
     pixels = np.asarray(picture)
     if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), len(pixels), 3) or len(pixels) < SIDE:
@@ -183,9 +187,9 @@ def read_scene(picture):
 
 
 def parse_caption(caption):
-    """What a caption says, as a Scene in the caption's order where None stands for what it doesn't say.
+    """The caption as a Scene, things in the caption's order; None stands for attributes not named.
 
-    Words that the world doesn't know are passed over. Raises UserError where no shape is named.
+    Words that the world doesn't know are ignored. Raises UserError if the caption names no shape.
     """
     words = re.findall("[a-z]+", caption.lower().replace("grey", "gray"))
     kind = {value: attribute for attribute, values in VALUES.items() for value in values}
@@ -210,16 +214,17 @@ def parse_caption(caption):
 
 
 def score(picture, caption):
-    """judge's verdicts on a picture and a caption. Raises what read_scene and parse_caption raise."""
+    """judge's verdicts on a picture and a caption. Raises errors of read_scene, parse_caption."""
     said = parse_caption(caption)
     return judge(read_scene(picture), said)
 
 
 def judge(found, said):
-    """Which of the attributes that a parsed caption says a read scene has: {attribute: bool}, only those that are said.
+    """{attribute: does the found scene have it as in the parsed caption?}, for attributes it names.
 
-    The things found are matched with those said so that most is right, shapes first. "bound" is every shape and
-    said colour on the right thing, "all" everything at once.
+    Found things are matched with the caption's things so that most attributes are right, shapes
+    first. "bound": every shape and every named colour is on the right thing. "all": everything at
+    once.
     """
     missing = (None,) * (len(said.things) - len(found.things))
 
@@ -242,7 +247,10 @@ def judge(found, said):
 
 
 def rates(scores):
-    """{attribute: {"one thing", "two things", "all": [right, said]}} of a list of (caption, score, picture)."""
+    """{attribute: {"one thing", "two things", "all": [right, named]}}.
+
+    scores: a list of (caption, score, picture).
+    """
     counts = [len(parse_caption(caption).things) for caption, *_ in scores]
     groups = {"one thing": {1}, "two things": {2}, "all": set(counts)}
     right = lambda attribute, group: [bool(s[attribute]) for n, (_, s, _) in zip(counts, scores) if n in group and attribute in s]
@@ -250,7 +258,10 @@ def rates(scores):
 
 
 def table(scores, reader=None):
-    """A Markdown table of the rates of a list of (caption, score, picture), relative to the reader's own where they are given."""
+    """A Markdown table of the rates of a list of (caption, score, picture).
+
+    reader: the reader's own rates, for a column relative to them.
+    """
     own, groups = rates(scores), ["one thing", "two things", "all"]
     lines = [f"| | {' | '.join(groups)} |{' relative |' if reader else ''}", "|---" * (4 + bool(reader)) + "|"]
     for attribute in ATTRIBUTES:
@@ -263,7 +274,7 @@ def table(scores, reader=None):
 
 
 def contact_sheet(scores, columns=6, most=60):
-    """The pictures that don't show all that their captions say, each under what it got wrong and over its caption."""
+    """The pictures that don't show their caption: wrong attributes above, the caption below."""
     failures = [(c, [a for a in s if not s[a] and a not in ("bound", "all")], p) for c, s, p in scores if not s["all"]][:most]
     width, height = 200, 2 * SIDE + 56
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(failures) // columns)) * height), "white")
@@ -278,7 +289,7 @@ def contact_sheet(scores, columns=6, most=60):
 
 
 def scene_of(said, rng):
-    """A random Scene that shows what a parsed caption says: what it leaves open is drawn as training draws it."""
+    """A random Scene of a parsed caption. Open attributes are drawn as in training."""
     while True:
         things = tuple(replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)}) for t in said.things)
         relation = said.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
@@ -288,13 +299,13 @@ def scene_of(said, rng):
 
 
 def spread(pictures):
-    """{"x", "y", "radius": standard deviation in shares of the side} of the single things that pictures show."""
+    """{"x", "y", "radius": standard deviation, in shares of the side} of pictures of one thing."""
     things = [scene.things[0] for scene in map(read_scene, pictures) if len(scene.things) == 1]
     return {name: float(np.std([getattr(t, name) for t in things])) if things else float("nan") for name in ("x", "y", "radius")}
 
 
 def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
-    """(caption, score, None) of n true renderings, changed by `change`, against captions that say everything of them."""
+    """(caption, score, None) of n true renderings, changed by `change`, for their full captions."""
     scores = []
     for k in tqdm(range(n), "self-test", disable=not bar):
         rng = np.random.default_rng([seed, k])
@@ -306,7 +317,10 @@ def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
 
 
 def draw_and_score(stack, captions, seed, size=64, **options):
-    """Yield (caption, score, picture at 64) of each caption, picture k drawn with seed + k and options of sample.generate."""
+    """Yield (caption, score, picture at 64) of each caption.
+
+    Picture k is drawn with seed + k. options: those of sample.generate.
+    """
     for first in range(0, len(captions), sample.BATCH[64]):
         some = captions[first:first + sample.BATCH[64]]
         for caption, image in zip(some, sample.generate(stack, some, seed + first, size, **options)):
@@ -315,7 +329,10 @@ def draw_and_score(stack, captions, seed, size=64, **options):
 
 
 def generated(args):
-    """(caption, score, picture) of pictures generated as the command line says, picture k with seed + k. Raises UserError."""
+    """(caption, score, picture) of pictures generated by the command line's options.
+
+    Picture k is drawn with seed + k. Raises UserError.
+    """
     stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
     options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_", "candidates"))}
     captions = []
@@ -327,7 +344,10 @@ def generated(args):
 
 
 def read_file(path):
-    """(caption, score, picture) of a picture file. Raises UserError where it is no picture or has no caption."""
+    """(caption, score, picture) of a picture file.
+
+    Raises UserError if it is no picture or has no caption.
+    """
     try:
         with Image.open(path) as file:
             picture, caption = file.convert("RGB"), file.info.get("caption")

@@ -1,8 +1,9 @@
-"""How long a published CLIP takes from disk to ready, in how much memory, and how fast it embeds (Linux only).
+"""Speed and memory of a published CLIP: loading from disk and embedding (Linux only).
 
-A folder in Hugging Face's layout is written with random weights of the true sizes, pushed out of the page cache, and
-loaded by a fresh process. Memory is anonymous memory, RssAnon of /proc/self/status, sampled every 5 ms: the pages of the
-mapped weights file are not the program's, the kernel drops them at will.
+The script writes a folder in Hugging Face's layout, with random weights of the true sizes. It drops
+the file from the page cache and loads it in a fresh process. Memory means anonymous memory, RssAnon
+of /proc/self/status, sampled every 5 ms. The mapped pages of the weights file do not count, because
+the kernel can drop them at any time.
 
     python experiments/clip_speed.py                      # ViT-L/14, 428M parameters, float16
     python experiments/clip_speed.py --dtype F32 --model ViT-B/32
@@ -32,7 +33,10 @@ MODELS = {"ViT-B/32": clip_embed.CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408
 
 
 def write_folder(folder, config, dtype):
-    """A Hugging Face folder of random weights: config.json, model.safetensors, and merges.txt with as many merges as it needs."""
+    """Write a Hugging Face folder of random weights: config.json, model.safetensors, merges.txt.
+
+    merges.txt has as many merges as the vocabulary needs.
+    """
     with torch.device("meta"):
         tensors = published.hugging_face(clip_embed.CLIP(config).state_dict())
     header, at = {}, 0
@@ -46,7 +50,7 @@ def write_folder(folder, config, dtype):
             file.write((torch.randn(t.shape) * 0.02).to(published.DTYPES[dtype]).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that it is read from the disk
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the next read is from disk
     sizes = {"hidden_size": config.text_width, "num_hidden_layers": config.text_layers, "num_attention_heads": config.text_heads,
              "vocab_size": config.vocab_size, "hidden_act": config.hidden_act}
     (folder / "config.json").write_text(json.dumps({
@@ -59,13 +63,13 @@ def write_folder(folder, config, dtype):
 
 
 def anonymous():
-    """Bytes of anonymous memory that this process holds."""
+    """Bytes of anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def measure(folder, images, captions):
-    """Load the folder and embed; prints one line a figure."""
+    """Load the folder and embed. Prints one line per figure."""
     before, peak, done = anonymous(), 0, threading.Event()
 
     def watch():
@@ -97,12 +101,15 @@ def measure(folder, images, captions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Load random weights of a published CLIP's sizes and embed with them: seconds, "
-                                     "peak anonymous memory, images/s, captions/s.")
+    parser = argparse.ArgumentParser(
+        description="Load random weights of a published CLIP's sizes and embed with them: seconds, "
+        "peak anonymous memory, images/s, captions/s.")
     parser.add_argument("--model", default="ViT-L/14", choices=MODELS, help="default ViT-L/14")
-    parser.add_argument("--dtype", default="F16", choices=["F16", "F32"], help="of the weights on the disk (default F16)")
-    parser.add_argument("--images", type=int, default=16, help="in one batch (default 16)")
-    parser.add_argument("--captions", type=int, default=100, help="in one batch (default 100)")
+    parser.add_argument("--dtype", default="F16", choices=["F16", "F32"],
+                        help="type of the weights on the disk (default F16)")
+    parser.add_argument("--images", type=int, default=16, help="images in one batch (default 16)")
+    parser.add_argument("--captions", type=int, default=100,
+                        help="captions in one batch (default 100)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,10 +1,12 @@
-"""What the experiments on the paper's claims share: pictures read back, numbers with standard errors, conclusions, charts.
+"""Shared by the experiments on the paper's claims: pictures, standard errors, conclusions, charts.
 
-An observation is one picture, read: {"said": the parsed caption, "found": the scene read from pixels, "right": verdicts,
-"image": (3, 64, 64) in [-1, 1]}. An experiment gathers, for each of its settings, one list of observations a seed; the same
-captions and the same noise serve every setting, so that differences are the setting's. Every number is then a list of
-jackknife pseudo-values, one a seed, whose mean and standard error are the number's own. Seeds begin at 1: the shipped weights'
-guidance was chosen on captions of seed 0. The standard errors are those of captions, scenes and noise; each network was trained once.
+An observation is one picture and its reading: {"said": the parsed caption, "found": the scene read
+from pixels, "right": verdicts, "image": (3, 64, 64) in [-1, 1]}. An experiment collects one list of
+observations per seed, for each of its settings. All settings share captions and noise, so only the
+setting makes a difference. Each number becomes a list of jackknife pseudo-values, one per seed.
+Their mean and standard error are those of the number. Seeds begin at 1, because the guidance of the
+shipped weights was chosen on captions of seed 0. The standard errors are those of captions, scenes
+and noise; each network was trained once.
 """
 
 import argparse
@@ -35,21 +37,23 @@ from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase  # no
 
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
-OPEN = "a heart"  # the caption of which pictures are drawn to look at
+OPEN = "a heart"  # the caption of the pictures in the sheets
 LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 
 # ----------------------------------------------------------------------------- settings
 
 
 def options(description, n, of, steps=10):
-    """The command line that the experiments have in common; `of` says what --n counts for each seed."""
+    """The command line of the experiments; `of` names the things that --n counts for each seed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--n", type=int, default=n, help=f"{of}, for each seed (default {n})")
-    parser.add_argument("--seeds", type=int, default=5, help="how often, with other captions, scenes and noise (default 5)")
-    parser.add_argument("--steps", type=int, default=steps, help=f"of the decoder (default {steps})")
+    parser.add_argument("--seeds", type=int, default=5,
+                        help="repetitions with other captions, scenes and noise (default 5)")
+    parser.add_argument("--steps", type=int, default=steps,
+                        help=f"steps of the decoder (default {steps})")
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="where the picture goes")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="file for the picture")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser
 
@@ -66,14 +70,14 @@ def parse(parser):
 
 
 def seeds(args):
-    """The seeds to go through, with a progress bar."""
+    """The seeds, with a progress bar."""
     return tqdm(range(1, args.seeds + 1), "seeds")
 
 
 def load_network(path, stage, stack, given=None):
-    """The network in a checkpoint of train.py, beside a stack whose CLIP it must have been trained with. Raises UserError.
+    """The network of a checkpoint, trained with the stack's CLIP. Raises UserError.
 
-    given: what a decoder must have been trained on, in place of z_i (train.py --given).
+    given: the input that replaced z_i in a decoder's training (train.py --given).
     """
     checkpoint = read_checkpoint(path, stage, clip=(fingerprint(stack["clip"]), "that of --weights"))
     if given and checkpoint.get("given") != given:
@@ -85,12 +89,15 @@ def load_network(path, stage, stack, given=None):
 
 
 def noises(stage, seed, n):
-    """n generators for a stage, no two alike over seeds and pictures."""
+    """n generators for a stage, different for each seed and picture."""
     return sample.generators(stage, seed << 24, range(n))
 
 
 def draw(stack, captions, seed, kind, guidance=None, steps=None):
-    """z_i (n, d) for n captions: from the "diffusion" or the "ar" prior, z_t in its place ("text"), or zeros ("none")."""
+    """z_i (n, d) for n captions.
+
+    kind: a prior's z_i ("diffusion", "ar"), z_t in its place ("text"), or zeros ("none").
+    """
     text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)
     if kind in ("text", "none"):
         return text["z_t"].cpu() * (kind == "text")
@@ -106,7 +113,10 @@ def draw(stack, captions, seed, kind, guidance=None, steps=None):
 
 
 def decode(stack, z_i, captions, seed, guidance=None, steps=None):
-    """Images (n, 3, 64, 64) in [-1, 1] of z_i (n, d) and n captions, ancestral, each from noise of its own."""
+    """Images (n, 3, 64, 64) in [-1, 1] of z_i (n, d) and n captions.
+
+    Ancestral sampling; each image has its own noise.
+    """
     noise, device = noises("decoder", seed, len(captions)), stack["clip"].logit_scale.device
     text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)
     return in_batches(stack["decoder"], len(captions), BATCH[64], lambda some: decoder.sample(
@@ -123,15 +133,15 @@ def observe(images, captions):
 
 
 def true_scenes(captions, seed):
-    """A scene of the world for each caption, what it leaves open drawn as training draws it."""
+    """A scene of the world for each caption. Open attributes are drawn as in training."""
     return [scene_of(parse_caption(caption), np.random.default_rng([seed, 1 << 53, k])) for k, caption in enumerate(captions)]
 
 
-# ----------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------- measures
 
 
 def right(attribute):
-    """The column that says how often an attribute is right, of the observations whose captions say it (see jackknife)."""
+    """The column of an attribute: how often it is right if the caption names it (see jackknife)."""
     def share(observations):
         verdicts = [o["right"][attribute] for o in observations if attribute in o["right"]]
         return float(np.mean(verdicts)) if verdicts else math.nan
@@ -139,9 +149,11 @@ def right(attribute):
 
 
 def attributes(scene):
-    """What a scene shows as a vector (26,): how many things, of each shape, colour, size, fill; background; mean place, radius.
+    """A scene as a vector (26,).
 
-    Lengths are scaled so that a quarter of the side in place, or the step from small to large, weighs as much as one attribute.
+    The number of things; the number of each shape, colour, size and fill; the background; mean
+    place and radius. Lengths are scaled: a quarter of the side in place weighs as much as one
+    attribute, and so does the step from small to large.
     """
     count = lambda name, values: [sum(getattr(t, name) == v for t in scene.things) for v in values]
     mean = lambda name: float(np.mean([getattr(t, name) for t in scene.things])) if scene.things else 0.0
@@ -153,7 +165,8 @@ def attributes(scene):
 def random_features(images):
     """Features (n, 32) of images (n, 3, 64, 64): mean outputs of three convolutions with fixed random weights.
 
-    Each filter sums to zero in every channel, so that it answers to edges and grain: the background the reader sees.
+    Each filter sums to zero in every channel, so it responds to edges and grain. The reader already
+    sees the background.
     """
     generator, h = torch.Generator().manual_seed(0), images
     for channels, wide in ((3, 16), (16, 32), (32, 32)):
@@ -163,11 +176,13 @@ def random_features(images):
 
 
 def fidelity(captions, least=1000):
-    """Two columns, {"distance, attributes", "distance, features"}: Fréchet distances to true renderings of the same captions.
+    """Two columns of Fréchet distances to true renderings of the same captions.
 
-    captions: one list a seed; each of them is rendered equally often, and at least `least` in all. Of what the reader reads, and of
-    random features in units of their true deviation, all of them together. A seed left out by the jackknife leaves both sides:
-    else pictures that follow their captions would gain by it, and others lose.
+    "distance, attributes" compares the attributes that the reader sees. "distance, features"
+    compares random features, in units of the deviation of all true features together. captions: one
+    list per seed. Each caption is rendered equally often, with at least `least` renderings in all.
+    The jackknife leaves a seed out of both sides. Otherwise pictures that follow their captions
+    would gain, and others would lose.
     """
     scenes = [true_scenes(some * -(-least // sum(map(len, captions))), 3000 + seed) for seed, some in enumerate(captions)]
     features = [list(random_features(to_images(some))) for some in scenes]
@@ -180,17 +195,22 @@ def fidelity(captions, least=1000):
 
 
 def matched(said, found):
-    """A read scene's things in the order of a parsed caption's, by their shapes; None unless it shows these shapes and no others."""
+    """The found things in the caption's order, by their shapes.
+
+    None unless the scene shows exactly the caption's shapes.
+    """
     wanted, shapes = [thing.shape for thing in said.things], {thing.shape: thing for thing in found.things}
     told = sorted(wanted) == sorted(str(thing.shape) for thing in found.things) and len(shapes) == len(wanted)
     return [shapes[shape] for shape in wanted] if told else None
 
 
 def variety(pairs):
-    """How two pictures of a caption differ in what it leaves open, {"attribute, number of things": a number for each comparison}.
+    """How two pictures of a caption differ in the attributes that it leaves open.
 
-    Of background, relation, colour, size and fill: whether they do. Of place, radius (within a size) and tilt: half the square of
-    the difference, whose mean is the variance. Only pairs count that both show the shapes that the caption says.
+    Returns {"attribute, number of things": one number per comparison}. For background, relation,
+    colour, size and fill the number is 1 if they differ, else 0. For place, radius (within a size)
+    and tilt it is half the squared difference, whose mean is the variance. Only pairs count in
+    which both pictures show the caption's shapes.
     """
     parts = {}
     for a, b in pairs:
@@ -216,10 +236,11 @@ def variety(pairs):
 
 
 def diversity(captions, least=2000):
-    """The statistic of pairs of observations, two of one caption: how varied they are in what it leaves open, as a share of the world.
+    """The diversity statistic of pairs of observations, two per caption, as a share of the world's.
 
-    variety's comparisons are averaged for each attribute and number of things first, then over these, so that all weigh alike
-    however many pictures could be read. 1 where pictures are as varied as true scenes of their captions, 0 where all are alike.
+    1 if the pictures vary as much as true scenes of their captions, 0 if all are alike. variety's
+    comparisons are averaged first for each attribute and number of things, then over these. So all
+    weigh the same, whatever the number of readable pictures.
     """
     captions = captions * -(-least // len(captions))
     scenes = zip(*(true_scenes(captions, seed) for seed in range(2)))
@@ -233,10 +254,10 @@ def diversity(captions, least=2000):
 
 
 def quality(captions):
-    """Table 1's three questions, captions being one list a seed: a function of lists of pairs of observations, one a seed.
+    """Table 1's three questions: a function of lists of pairs of observations, one list per seed.
 
-    It gives {column: pseudo-values}: captions all right, Fréchet distances for fidelity, diversity, and of how many of the pairs that
-    diversity could be read.
+    captions: one list per seed. The function returns {column: pseudo-values}: captions all right,
+    Fréchet distances for fidelity, diversity, and the share of pairs that diversity can compare.
     """
     columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(sum(captions, []))
     readable = lambda pairs: float(np.mean([all(matched(o["said"], o["found"]) is not None for o in pair) for pair in pairs]))
@@ -252,10 +273,12 @@ def quality(captions):
 
 
 def jackknife(statistic, *groups):
-    """Pseudo-values of statistic(observations), one for each seed's list in `groups` (Tukey 1958); of several such, left out together.
+    """Pseudo-values of statistic(observations), one for each seed's list in `groups` (Tukey 1958).
 
-    S θ − (S − 1) θ without seed k: their mean is θ less its bias of order 1/n, their spread gives θ's standard error; of a
-    plain mean over equally many observations they are the seeds' own means.
+    With several groups, the statistic has several arguments, and a seed is left out of all. The
+    pseudo-value is S θ − (S − 1) θ without seed k. The mean is θ less its bias of order 1/n; the
+    spread gives the standard error of θ. For a plain mean over equally many observations the
+    pseudo-values are the seeds' means.
     """
     without = lambda k: statistic(*([o for n, some in enumerate(group) if n != k for o in some] for group in groups))
     whole, count = without(None), len(groups[0])
@@ -264,7 +287,10 @@ def jackknife(statistic, *groups):
 
 @lru_cache
 def t_quantile(freedom):
-    """What 95% of Student's t with so many degrees of freedom stay within (2.776 for 4): its density, integrated by steps."""
+    """The bound on |t| of 95% of Student's t, by its degrees of freedom (2.776 for 4).
+
+    The density is integrated numerically.
+    """
     t = np.linspace(0, 40, 400_001)
     density = (1 + t ** 2 / freedom) ** (-(freedom + 1) / 2)
     density *= math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
@@ -273,7 +299,10 @@ def t_quantile(freedom):
 
 
 def conclude(what, a, b, more="more", less="less"):
-    """One sentence: is a above b, lists of one number a seed, or b one number? As the 95% interval of the difference has it."""
+    """One sentence: is a above b, by the 95% interval of the difference?
+
+    a, b: lists of one number per seed; b can be one number.
+    """
     difference = np.array(a, float) - np.array(b, float)
     mean, error = difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
     if math.isnan(mean):
@@ -289,7 +318,7 @@ def conclude(what, a, b, more="more", less="less"):
 
 
 def show(rows, head=""):
-    """A Markdown table of {row: {column: one number a seed}}, mean ± standard error."""
+    """Print a Markdown table of {row: {column: one number per seed}}: mean ± standard error."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     print(f"| {head} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, row in rows.items():
@@ -310,7 +339,10 @@ def finish(args, conclusions, picture, **numbers):
 
 
 def chart(panels):
-    """A picture of lines with one standard error up and down: {title: {name: [(label, mean, error)]}} side by side, each with 0."""
+    """Panels of lines side by side, with one standard error up and down.
+
+    panels: {title: {name: [(label, mean, error)]}}. Each panel's axis includes 0.
+    """
     width, height, left, top, bottom = 420, 320, 46, 30, 60
     picture = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(picture)
@@ -338,7 +370,10 @@ def chart(panels):
 
 
 def gallery(rows, heads=()):
-    """Pictures in rows, {name: images (3, H, H)}, each row's name at its left, under heads, one for each column (such as captions)."""
+    """Pictures in rows, {name: images (3, H, H)}, with the row's name at the left.
+
+    heads: one text above each column, such as a caption.
+    """
     side, margin, font = 128, 150, ImageFont.load_default(13)
     heads = [textwrap.wrap(head, 18) for head in heads]
     top, columns = 6 + 16 * max(map(len, heads), default=0), max(len(images) for images in rows.values())
@@ -355,7 +390,7 @@ def gallery(rows, heads=()):
 
 
 def under(*pictures):
-    """Pictures one under the other, as one."""
+    """One picture of several, one under the other."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     for k, picture in enumerate(pictures):
         sheet.paste(picture, (0, sum(p.height for p in pictures[:k])))
@@ -363,6 +398,9 @@ def under(*pictures):
 
 
 def points(rows, column):
-    """A chart's line through the rows of one column: [(label, mean, error)] of {label: {column: one number a seed}}."""
+    """A chart's line [(label, mean, error)] of one column.
+
+    rows: {label: {column: one number per seed}}.
+    """
     return [(label, float(np.mean(row[column])), float(np.std(row[column], ddof=1) / len(row[column]) ** 0.5))
             for label, row in rows.items()]

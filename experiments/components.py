@@ -1,14 +1,16 @@
-"""Which attributes of a picture come back first as z_i gets more principal components? (§4, fig. 7)
+"""Which attributes of a picture return first, as z_i gets more principal components? (§4, fig. 7)
 
 In:   a folder of checkpoints (clip.pt, decoder.pt)
-Out:  on stdout, a table: for each number of components how often pictures of one thing, decoded from fresh noise, show its
-      colour, shape, size, fill, background, and its place to within a tenth of the side; how early each comes; then the
-      conclusions. --picture: eight pictures, more and more components from top to bottom, over the curves
+Out:  on stdout, a table: for each number of components, how often decodings of one-thing pictures
+      show the thing's colour, shape, size, fill, background, and its place to within a tenth of the
+      side. Then how early each comes, and the conclusions. --picture: eight pictures with more and
+      more components from top to bottom, and the curves below
 
-Components are those of 2,048 scenes' z_i. How early: the mean, over the numbers of components, of the share that is gained over
-none at all, of all that is gained in the end: 1 for what the first component holds alone. Shares are a decoder's: what z_i holds
-and the decoder does not draw is not counted. As in manipulate.py the decodings are DDIM's, unguided, elsewhere here they are ancestral
-and guided.
+The components are those of z_i of 2,048 scenes; each picture has fresh noise. How early: the gain
+over no component at all, divided by the gain in the end, as the mean over the numbers of
+components. It is 1 if the first component holds everything. The shares are those of a decoder: it
+may fail to draw attributes that z_i holds. The decodings are DDIM's and unguided, as in
+manipulate.py. The other experiments here sample ancestrally, with guidance.
 
     python experiments/components.py --picture docs/components.png
 """
@@ -33,13 +35,16 @@ from priors import embed
 from data.shapes import random_scene
 
 ATTRIBUTES = ("colour", "shape", "size", "fill", "background", "place")
-QUESTIONS = (("colour", "shape"), ("colour", "place"), ("place", "shape"))  # chosen before the answers
+QUESTIONS = (("colour", "shape"), ("colour", "place"), ("place", "shape"))  # chosen beforehand
 NEAR = 0.1  # of the side
 FITTED = 2048  # scenes
 
 
 def recovered(scene, found):
-    """{attribute: whether a read scene has it as the scene of one thing has} (place: to within NEAR)."""
+    """{attribute: is it the same in the found scene as in the scene of one thing?}.
+
+    A place is the same within NEAR.
+    """
     thing = scene.things[0]
     other = found.things[0] if len(found.things) == 1 else None
     return {name: other is not None and getattr(other, name) == getattr(thing, name) for name in ATTRIBUTES[:4]} | {
@@ -48,9 +53,10 @@ def recovered(scene, found):
 
 
 def earliness(name):
-    """The statistic of observations, each a list of recovered's over growing numbers of components from 0: the mean share gained.
+    """The mean share of the final gain, as a statistic of observations.
 
-    NaN where nothing is gained in the end, or by less than two standard errors.
+    An observation is a list of results of `recovered`, for growing numbers of components from 0.
+    NaN if the final gain is under two standard errors.
     """
     def share(observations):
         rates = np.mean([[found[name] for found in each] for each in observations], 0)
@@ -80,7 +86,10 @@ def measure(stack, args):
 
 
 def conclusions(early):
-    """Those that do not come, the order of the others, and fig. 7's question: which of colour, place and shape is earlier?"""
+    """Attributes that do not come, the order of the others, and fig. 7's question.
+
+    The question: which of colour, place and shape is earlier?
+    """
     of = {name: row["how early"] for name, row in early.items()}
     come = sorted((name for name in of if not np.isnan(of[name]).any()), key=lambda name: -np.mean(of[name]))
     said = [f"Not recovered for sure, however many components: {', '.join(n for n in of if n not in come) or 'none'}.",
@@ -89,8 +98,8 @@ def conclusions(early):
 
 
 def main():
-    parser = options("Decode z_i's first principal components, and read back which attributes they bring.", 40,
-                     "pictures of one thing")
+    parser = options("Decode z_i's first principal components, and read back the attributes they "
+                     "bring.", 40, "pictures of one thing")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")

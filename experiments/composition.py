@@ -1,13 +1,15 @@
-"""What becomes of the four colour-shape pairs that training never shows? (ours: the paper shows new compositions and counts none)
+"""Can the chain draw the four colour-shape pairs that training never shows?
+
+Not in the paper, which shows new compositions and counts none.
 
 In:   a folder of checkpoints
-Out:  on stdout, a table for the pairs never trained and for the twelve others of the same colours and shapes: how often both are
-      right, the colour, the shape, for
-        CLIP        the caption of all 42 pairs' that a true picture's z_i is nearest to
+Out:  on stdout, a table for the pairs never trained and for the twelve other pairs of the same
+      colours and shapes: how often both attributes are right, the colour, the shape, for
+        CLIP        the nearest of the captions of all 42 pairs to a true picture's z_i
         decoder     pictures decoded from a true picture's z_i alone, read from their pixels
         … chain     pictures from the caption
-      then the conclusions, which are about these four pairs: another four might do otherwise. --picture: pictures of each kind,
-      the true ones above
+      Then the conclusions. They are about these four pairs; another four might differ. --picture:
+      pictures of each kind, with true ones above
 
     python experiments/composition.py --picture docs/composition.png
 """
@@ -33,7 +35,10 @@ ALL = list(product(COLOURS, SHAPES))
 
 
 def named(stack, scenes, captions):
-    """Observations of CLIP naming true pictures: which of the 42 captions "a colour shape" is nearest to z_i."""
+    """Observations of CLIP's label of true pictures.
+
+    The label is the nearest of the 42 captions "a colour shape" to z_i.
+    """
     told = z_t(stack, [phrase(c, s) for c, s in ALL])
     result = []
     for best, caption in zip((embed(stack, scenes) @ told.T).argmax(1).tolist(), captions):
@@ -71,14 +76,15 @@ def measure(stack, args):
 
 
 def conclusions(rows):
-    """What a pair's never having been trained costs, link by link."""
+    """The cost of pairs never trained, link by link."""
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
     return [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
                      rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("both", "colour", "shape")]
 
 
 def main():
-    parser = options("Name, decode and draw the four colour-shape pairs that training never shows, beside twelve that it does.",
+    parser = options("Name, decode and draw the four colour-shape pairs that training never shows, "
+                     "beside twelve that it shows.",
                      36, "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)

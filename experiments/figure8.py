@@ -1,9 +1,11 @@
-"""What does the decoder make of a caption with each kind of z_i? (§5.1, fig. 8)
+"""What does the decoder draw for a caption with each kind of z_i? (§5.1, fig. 8)
 
-In:   a folder of checkpoints; --z-t, a decoder trained on z_t in z_i's place (python train.py decoder --given z_t)
-Out:  on stdout, a table: for the caption alone (z_i = 0), z_t in z_i's place, z_i from the autoregressive and from the
-      diffusion prior, and z_i of a true picture of the caption, how often each attribute that the caption says is shown, and
-      Fréchet distances to true renderings; then the conclusions. --picture: the first captions' pictures, a kind a row
+In:   a folder of checkpoints; --z-t, a decoder trained on z_t in z_i's place (python train.py
+      decoder --given z_t)
+Out:  on stdout, a table: how often each attribute of the caption is shown, and Fréchet distances to
+      true renderings. The rows are the caption alone (z_i = 0), z_t in z_i's place, z_i from the
+      autoregressive prior, z_i from the diffusion prior, and z_i of a true picture of the caption.
+      Then the conclusions. --picture: the first captions' pictures, one kind of z_i per row
 
     python experiments/figure8.py --z-t weights/z_t/decoder.pt --picture docs/figure8.png
 """
@@ -26,7 +28,10 @@ TRAINED = "z_t, decoder trained on it"
 
 
 def measure(stack, args, on_z_t=None):
-    """({kind: {column: pseudo-values}}, a picture of the first captions); on_z_t: the stack with a decoder trained on z_t."""
+    """({kind: {column: pseudo-values}}, a picture of the first captions).
+
+    on_z_t: the stack with a decoder trained on z_t.
+    """
     seen, first, captions = {}, {}, []
     for seed in seeds(args):
         some = captions_of(args.n, seed)
@@ -44,7 +49,7 @@ def measure(stack, args, on_z_t=None):
 
 
 def conclusions(rows):
-    """The prior's z_i against what could stand in its place, and against a true picture's."""
+    """The diffusion prior's z_i against each replacement, and against a true picture's z_i."""
     best, said = "diffusion prior", []
     for other in [name for name in rows if name != best]:
         said += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
@@ -54,8 +59,8 @@ def conclusions(rows):
 
 
 def main():
-    parser = options("Give the decoder a caption with each kind of z_i, and read back what the pictures show.", 36,
-                     "captions, half of one thing, half of two")
+    parser = options("Give the decoder a caption with each kind of z_i, and read back its "
+                     "pictures.", 36, "captions, half of one thing, half of two")
     parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)

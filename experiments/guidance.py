@@ -1,16 +1,21 @@
-"""Does unCLIP keep its diversity as guidance grows, where a model of the caption alone loses it? (§5.3; figs. 9–11; table 1)
+"""Does unCLIP keep its diversity as guidance grows? (§5.3; figs. 9–11; table 1)
 
-In:   a folder of checkpoints; and a model of the caption alone: --glide, a decoder trained so (python train.py decoder
-      --given caption), or --z-t, one trained on the caption and its z_t (--given z_t). Without either the caption alone is
-      given to unCLIP's own decoder, which saw that in 5% of its training
-Out:  on stdout, a table: for each model and guidance scale how often a picture shows all that its caption says; Fréchet
-      distances to true renderings, of what the reader reads and of random features; and how much two pictures of a caption
-      differ in what it leaves open, as a share of the world's; then the conclusions. --picture: eight pictures of one caption as
-      guidance grows (fig. 9), over the curves (figs. 10, 11)
+A model of the caption alone should lose it.
 
-z_t follows from the caption, so a decoder of z_t and the caption models P(x|y), as GLIDE does: what it lacks is the draw of
-z_i. It is GLIDE with a text encoder that was trained before, and hears the caption long before one that begins with nothing.
-Table 1's questions are asked of the means over all scales of the sweep, so that no scale is chosen by what it is judged by.
+In:   a folder of checkpoints, and a model of the caption alone. --glide: a decoder trained with
+      python train.py decoder --given caption. --z-t: one trained on the caption and its z_t
+      (--given z_t). Without either, unCLIP's own decoder gets the caption alone, which it saw in 5%
+      of its training
+Out:  on stdout, a table for each model and guidance scale: how often a picture shows its whole
+      caption; Fréchet distances to true renderings, of the attributes that the reader finds and of
+      random features; how much two pictures of a caption differ in the things that it leaves open,
+      as a share of the world's diversity. Then the conclusions. --picture: eight pictures of one
+      caption as guidance grows (fig. 9), and the curves below (figs. 10, 11)
+
+z_t follows from the caption. So a decoder of z_t and the caption models P(x|y), as GLIDE does; it
+lacks the draw of z_i. It is like GLIDE with a pretrained text encoder, and learns to use the
+caption long before a model that begins with nothing. Table 1's questions are asked about the means
+over all scales of the sweep. So no scale is chosen by the measure that judges it.
 
     python experiments/guidance.py --z-t weights/z_t/decoder.pt --picture docs/guidance.png
 """
@@ -32,7 +37,10 @@ COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity
 
 
 def measure(models, args):
-    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings); models: {name: (stack, kind of z_i)}."""
+    """({model: {scale: {column: pseudo-values}}}, the same columns of true renderings).
+
+    models: {name: (stack, kind of z_i)}.
+    """
     groups, true, captions = {}, [], []
     pairs = lambda seen: list(zip(seen[::2], seen[1::2]))
     for seed in seeds(args):
@@ -59,7 +67,7 @@ def pictures(models, args):
 
 
 def conclusions(rows):
-    """What the numbers, of the other model and of unCLIP, say of table 1's three questions and of figs. 9 to 11."""
+    """Table 1's three questions and figs. 9 to 11, for unCLIP against the other model."""
     (other, alone), (_, unclip) = ((model, list(scales.values())) for model, scales in rows.items())
     mean = lambda settings, column: np.mean([s[column] for s in settings], 0)
     names = {"all right": f"Captions shown, unCLIP against the {other}",
@@ -71,13 +79,15 @@ def conclusions(rows):
 
 
 def main():
-    parser = options("Sweep guidance for unCLIP and for a decoder that is given the caption alone, as GLIDE is: accuracy, "
-                     "fidelity and diversity.", 16, "captions, half of one thing, half of two, each drawn twice")
+    parser = options("Sweep guidance for unCLIP and for a decoder of the caption alone, like "
+                     "GLIDE: accuracy, fidelity and diversity.", 16,
+                     "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--glide", type=Path, metavar="PATH",
                        help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
-    alone.add_argument("--z-t", type=Path, metavar="PATH", help="or one trained with --given z_t: the caption as CLIP reads it")
+    alone.add_argument("--z-t", type=Path, metavar="PATH",
+                       help="a decoder trained with --given z_t, CLIP's embedding of the caption")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if any(not 0 <= scale <= 100 for scale in args.guidance):

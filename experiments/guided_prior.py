@@ -1,9 +1,10 @@
 """Should guidance be in the prior, in the decoder, or in both? (§5.5, where guiding the prior hurt)
 
 In:   a folder of checkpoints
-Out:  on stdout, a table: for neither, one and both guided how often a picture shows all that its caption says, Fréchet
-      distances to true renderings, and diversity as experiments/guidance.py has it; then the conclusions. --picture:
-      eight pictures of one caption, a setting a row
+Out:  on stdout, a table for guidance of neither, of one and of both: how often a picture shows its
+      whole caption, Fréchet distances to true renderings, and diversity as in
+      experiments/guidance.py. Then the conclusions. --picture: eight pictures of one caption, one
+      setting per row
 
     python experiments/guided_prior.py --picture docs/guided-prior.png
 """
@@ -48,7 +49,10 @@ def pictures(stack, args):
 
 
 def conclusions(rows):
-    """§5.5's question, the prior guided beside a guided decoder; then the effect of each, as the mean over guiding the other and not."""
+    """§5.5's question: the prior guided beside a guided decoder. Then the effect of each.
+
+    The effect is the mean over guiding and not guiding the other.
+    """
     said = [conclude(f"Guiding the prior beside a guided decoder, {column}", rows["both"][column], rows["decoder"][column], "higher",
                      "lower") for column in rows["neither"]]
     for what, guided, free in (("the prior", ("prior", "both"), ("neither", "decoder")),
@@ -60,9 +64,11 @@ def conclusions(rows):
 
 
 def main():
-    parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, fidelity and diversity.", 32,
+    parser = options("Guide the prior, the decoder, both or neither, and read back accuracy, "
+                     "fidelity and diversity.", 32,
                      "captions, half of one thing, half of two, each drawn twice")
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale where guided (default 2; elsewhere 1, none)")
+    parser.add_argument("--guidance", type=float, default=2.0,
+                        help="scale with guidance (default 2; without it is 1)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if not 0 <= args.guidance <= 100:

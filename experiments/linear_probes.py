@@ -1,13 +1,16 @@
-"""What does z_i hold, and which captions does CLIP tell apart? Linear probes of the embedding (appendix A), on the world of shapes.
+"""What does z_i hold, and which captions does CLIP distinguish? (appendix A)
+
+Linear probes of the embedding, on the world of shapes.
 
 In:   a CLIP of train.py; scenes that training never drew
 Out:  on stdout, three Markdown tables:
-        how many directions hold z_i's variance: the participation ratio (Σλ)² / Σλ² of its covariance's eigenvalues, and the
-          share of the variance in the largest ones
-        how often a linear probe of z_i (ridge regression to one-hot vectors, fitted to four fifths of the scenes) names each
-          attribute in the last fifth: of a thing that is alone, of the left and of the right one of two
-        how often the cosine of a picture of two things prefers the caption that says everything to the one with the relation
-          the other way round, or with an attribute of the two things swapped
+        the number of directions that hold z_i's variance: the participation ratio (Σλ)² / Σλ² of
+          its covariance's eigenvalues, and the share of the variance in the largest ones
+        how often a linear probe of z_i names each attribute of a thing that is alone, of the left
+          of two things, and of the right one. The probe is ridge regression to one-hot vectors,
+          fitted to four fifths of the scenes and tested on the last fifth
+        how often the cosine of a picture of two things prefers the full caption to a wrong one:
+          with the inverse relation, or with one attribute of the two things swapped
 
     python experiments/linear_probes.py --clip runs/shapes/clip.pt
 """
@@ -32,7 +35,10 @@ RIDGE = 1e-6  # of the mean square of a coordinate
 
 
 def named(z, labels):
-    """How often a linear probe of z (n, d), fitted to four fifths of the rows, names the labels (n,), integers, of the rest."""
+    """How often a linear probe of z (n, d) names the labels (n,), integers.
+
+    It is fitted to four fifths of the rows and tested on the rest.
+    """
     train = len(z) * 4 // 5
     z = F.pad((z - z[:train].mean(0)).double() * z.shape[1] ** 0.5, (0, 1), value=1)
     gram = z[:train].T @ z[:train] / train
@@ -41,32 +47,38 @@ def named(z, labels):
 
 
 def directions(z):
-    """Eigenvalues of the covariance of z (n, d), the largest first, and their participation ratio (Σλ)² / Σλ²."""
+    """Eigenvalues of the covariance of z (n, d), and their participation ratio (Σλ)² / Σλ².
+
+    The largest eigenvalue comes first.
+    """
     values = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).clamp(min=0)
     return values, float(values.sum() ** 2 / values.square().sum())
 
 
 def places(values, found):
-    """The places of what was found in a sequence of values, as a tensor."""
+    """The index of each of `found` in a sequence of values, as a tensor."""
     return torch.tensor([list(values).index(each) for each in found])
 
 
 def left_and_right(scene):
-    """The two things of a scene whose relation is left of or right of, the left one first."""
+    """The two things of a scene with the relation left of or right of, the left one first."""
     return scene.things if scene.relation == "left of" else scene.things[::-1]
 
 
 def rivals(scene):
-    """{name: a scene whose caption is wrong of this one of two things}: the relation turned round, or an attribute swapped."""
+    """{name: a scene whose caption is wrong for this scene of two things}.
+
+    The relation is inverted, or an attribute is swapped.
+    """
     a, b = scene.things
-    alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # then the relation may as well be the other one
+    alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # the inverse relation is true too
     exchanged = {f"{k} swapped": swapped(scene, k) for k in VALUES if getattr(a, k) != getattr(b, k)}
     return exchanged | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
 
 
 def preferred(stack, scenes, z_i):
-    """{name of a rival: (how often z_i (n, d) of scenes prefers their own caption to the rival's, of how many)}."""
-    def read(some):  # everything is said, in the same wording
+    """{name of a rival: (how often z_i (n, d) prefers its own caption to the rival's, scenes)}."""
+    def read(some):  # captions name everything, in the same wording
         said = {(k, a) for k in range(2) for a in ("colour", "size", "fill")} | {"relation", "background"}
         return draw(stack, [describe(scene, said, np.random.default_rng(k)) for k, scene in some], 0, {})[0]
 
@@ -80,8 +92,10 @@ def preferred(stack, scenes, z_i):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Probe CLIP's image embedding of scenes of shapes: how many directions it uses, what "
-                                     "a linear map reads from it, and which captions it tells apart.")
+    parser = argparse.ArgumentParser(
+        description="Probe CLIP's image embedding of scenes of shapes: the number of directions "
+        "it uses, the attributes that a linear map reads from it, and the captions that it "
+        "distinguishes.")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.pt", help="a checkpoint of train.py (default: the shipped one)")
     parser.add_argument("--n", type=int, default=6000, help="scenes of one thing, and of two in each direction (default 6000)")
     parser.add_argument("--seed", type=int, default=0)

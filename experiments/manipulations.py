@@ -1,10 +1,11 @@
-"""Do the manipulations of §3 do what they should? Measured on pictures never trained on, read back from their pixels.
+"""Do the manipulations of §3 work? Measured on pictures never trained on, read back from pixels.
 
 In:   weights (CLIP, decoder, ar-prior); --n pictures for each part
 Out:  on stdout, a Markdown table for each part; all numbers in --json
 
-Every picture is a scene that is drawn for this script alone, so what it shows is known exactly; what a decoded picture
-shows is read from its pixels by experiments/caption_accuracy.py, with no network involved.
+Each picture is a scene drawn for this script alone, so its content is known exactly.
+experiments/caption_accuracy.py reads the content of decoded pictures from their pixels, without any
+network.
 
     python experiments/manipulations.py --weights weights/shapes
     python experiments/manipulations.py textdiff --n 40
@@ -34,12 +35,12 @@ THETAS = 8  # maxima of text diffs to choose from, 0.1 apart
 
 
 def scenes_of(part, n, seed, make=random_scene):
-    """n scenes of a part's own, from random numbers that no training uses."""
+    """n scenes for one part, from random numbers that no training uses."""
     return [make(np.random.default_rng([seed, 1 << 56, part, k])) for k in range(n)]
 
 
 def to_images(scenes):
-    """Their renderings, (n, 3, 64, 64) in [-1, 1]."""
+    """Renderings of scenes, (n, 3, 64, 64) in [-1, 1]."""
     return torch.stack([to_tensor(render(scene, 64)) for scene in scenes]).float() / 127.5 - 1
 
 
@@ -49,13 +50,13 @@ def psnr(images, others):
 
 
 def shown(image, scene):
-    """{attribute: whether an image (3, H, W) shows it as the scene has it}, of all that captions speak of."""
+    """{attribute: does an image (3, H, W) show it as in the scene?}, all that captions can name."""
     said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
     return score(sample.to_picture(image), describe(scene, said, np.random.default_rng(0)))
 
 
 def share(verdicts, *attributes):
-    """Of how many pictures all of these attributes are right, those that the picture's scene has."""
+    """The share of pictures with all of these attributes right, of those that their scene has."""
     return float(np.mean([v["count"] and all(v.get(a, True) for a in attributes) for v in verdicts]))
 
 
@@ -68,7 +69,7 @@ def table(head, rows):
 
 
 def read_table(name, groups):
-    """Table and numbers of {label: verdicts}: how often each attribute is right."""
+    """Print and return how often each attribute is right, for {label: verdicts}."""
     heads = ("count", "shape", "colour", "size", "fill", "background", "relation")
     numbers = {label: {a: float(np.mean([v[a] for v in verdicts if a in v] or [np.nan])) for a in heads}
                | {"kept": share(verdicts, *KEPT)} for label, verdicts in groups.items()}
@@ -77,13 +78,14 @@ def read_table(name, groups):
 
 
 def inversion(stack, args):
-    """Reconstruction, x_T as noise, and x_T under another picture's z_i."""
+    """The reconstruction, x_T as noise, and x_T with another picture's z_i."""
     scenes, result, rows = scenes_of(1, args.n, args.seed), {}, []
     images = to_images(scenes)
     for steps in args.steps:
         z_i, x_T = manipulate.invert(stack, images, steps=steps, seed=args.seed, bar=True)
         again = manipulate.decode(stack, z_i[:, None], x_T[:, None], steps=steps, bar=True)[:, 0]
-        put_in = decoder.randn(sample.generators("prior", args.seed, range(args.n)), x_T.shape, "cpu")  # by decoder.invert
+        # the noise that decoder.invert puts in
+        put_in = decoder.randn(sample.generators("prior", args.seed, range(args.n)), x_T.shape, "cpu")
         pixels, centred = x_T.flatten(1), x_T - x_T.mean((1, 2, 3), keepdim=True)
         along = lambda x, y: (x * y).flatten(1).mean(1) / pixels.var(1)  # the correlation of x and y, of x_T's variance both
         beside = torch.stack([along(centred[..., 1:], centred[..., :-1]), along(centred[..., 1:, :], centred[..., :-1, :])])
@@ -110,7 +112,7 @@ def inversion(stack, args):
 
 
 def variations(stack, args):
-    """What variations keep, and how far they wander."""
+    """The attributes that variations keep, and their distance from the picture."""
     scenes, etas = scenes_of(2, args.n, args.seed), (0, 0.5, 1)
     images = to_images(scenes)
     z_i, x_T = manipulate.invert(stack, images, steps=args.steps[0], seed=args.seed, bar=True)
@@ -138,7 +140,7 @@ def variations(stack, args):
 
 
 def interpolation(stack, args):
-    """Whether the ends of an interpolation with slerped noise are the reconstructions."""
+    """Are the ends of an interpolation with slerped noise the reconstructions?"""
     images = to_images(scenes_of(3, 2 * (args.n // 2), args.seed))
     z_i, x_T = manipulate.invert(stack, images, steps=args.steps[0], seed=args.seed, bar=True)
     again = manipulate.decode(stack, z_i[:, None], x_T[:, None], steps=args.steps[0], bar=True)[:, 0]
@@ -158,7 +160,7 @@ def z_t(stack, captions):
 
 
 def single(rng, **fixed):
-    """A scene of one thing that has the attributes `fixed`."""
+    """A scene of one thing with the attributes `fixed`."""
     while True:
         thing = Thing(**{k: fixed.get(k) or pick(rng, v) for k, v in VALUES.items()})
         if (thing.colour, thing.shape) not in HELD_OUT:
@@ -174,7 +176,10 @@ EDITS = {
 
 
 def textdiff(stack, args):
-    """How often a text diff changes what it should and keeps the rest; its maximum is chosen on other pictures."""
+    """How often a text diff changes the wanted attribute and keeps the rest.
+
+    Its maximum is chosen on other pictures.
+    """
     result, rows = {}, []
     steps, components = args.steps[0], None if args.whole else stack["ar-prior"].components.cpu()
     for part, (name, (fixed, attribute, value, source, to)) in enumerate(EDITS.items(), 4):
@@ -186,7 +191,7 @@ def textdiff(stack, args):
                     return scene
 
         def measured(images, scenes):
-            """(wanted attribute changed, everything else kept, both) of images, as shares."""
+            """The shares of images (with the wanted attribute changed, all else kept, both)."""
             found = [read_scene(sample.to_picture(image)) for image in images]
             changed, kept = np.zeros((2, len(found)), bool)
             for k, (f, s) in enumerate(zip(found, scenes)):
@@ -227,7 +232,7 @@ def textdiff(stack, args):
 
 
 def reconstruction(stack, args):
-    """What z_i's first k principal components still show, decoded from fresh noise."""
+    """The attributes in decodings of z_i's first k principal components, from fresh noise."""
     mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
     scenes = scenes_of(7, args.n, args.seed)
     z_i = manipulate.invert(stack, to_images(scenes), steps=2)[0]
@@ -247,12 +252,16 @@ PARTS = {"inversion": inversion, "variations": variations, "interpolation": inte
 
 def main():
     parser = argparse.ArgumentParser(description="Measure the manipulations of §3 and the probe of fig. 7 on unseen scenes.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all of them)")
+    parser.add_argument("parts", nargs="*", metavar="PART",
+                        help=f"one of {', '.join(PARTS)} (default: all of them)")
     parser.add_argument("--n", type=int, default=200, help="pictures for each part (default 200)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 250], help="DDIM steps of inversions to compare; all "
-                        "else takes the first (default 50 250)")
-    parser.add_argument("--whole", action="store_true", help="text diffs by the whole difference of captions, as manipulate.py has it")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and noise (default 0)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 250],
+                        help="numbers of DDIM steps to compare "
+                        "inversions; all else uses the first (default 50 250)")
+    parser.add_argument("--whole", action="store_true",
+                        help="text diffs by the whole difference of captions, as in "
+                             "manipulate.py --whole")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and noise (default 0)")
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="default: the shipped ones")
     parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

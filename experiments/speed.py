@@ -1,12 +1,14 @@
-"""How fast is every stage, and how near to what the machine can do?
+"""How fast is every stage, and how near to the machine's limit?
 
-In:   a preset, a device; no weights: networks with random weights are as fast as trained ones
-Out:  on stdout, a Markdown table: for each stage its parameters, images a second in training and in sampling, the
-      floating-point operations of one training step (torch's own counter), and the share of the machine's peak that
-      the training step and the network's forward pass reach. The peak is that of a matrix product, measured here
+In:   a preset and a device. No weights: networks with random weights are as fast as trained ones
+Out:  on stdout, a Markdown table with these columns for each stage: its parameters; images a second
+      in training and in sampling; the floating-point operations of one training step (torch's own
+      counter); the share of the machine's peak in the training step and in the forward pass. The
+      peak is that of a matrix product, measured here
 
-A sampled image is timed over a few of its steps and scaled to all of them; scenes are drawn beforehand.
-With --memory the table shows the memory that a training needs instead, counted tensor by tensor.
+A sampled image is timed over a few of its steps and scaled to all of them. Scenes are drawn
+beforehand. With --memory the table shows the memory of a training instead, counted tensor by
+tensor.
 
     python experiments/speed.py
     python experiments/speed.py --memory --preset laptop --precision bfloat16
@@ -34,7 +36,10 @@ from sample import generators
 
 
 def seconds(run, device, least=2.0):
-    """The least time of one call of run(), of at least three calls and `least` seconds, after one to warm up."""
+    """The shortest time of one call of run().
+
+    There is one call to warm up, then at least three calls and `least` seconds.
+    """
     times = []
     for k in range(1000):
         began = time.perf_counter()
@@ -48,20 +53,26 @@ def seconds(run, device, least=2.0):
 
 
 def matmul_peak(device, dtype, side=2048):
-    """Floating-point operations a second of torch's product of two side × side matrices."""
+    """Floating-point operations a second in torch's product of two side × side matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side ** 3 / seconds(lambda: a @ b, device)
 
 
 def operations(run):
-    """Floating-point operations of one call of run(), as torch counts them (matrix products and convolutions)."""
+    """Floating-point operations of one call of run(), by torch's counter.
+
+    It counts matrix products and convolutions.
+    """
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def one_image(stage, model, batch, context, pictures):
-    """(run, share): run() samples `pictures` images of a stage in a few steps, `share` of the default number of steps."""
+    """(run, share): run() samples `pictures` images of a stage in a few steps.
+
+    share: these steps as a share of the default number.
+    """
     seeds = generators(stage, 0, range(pictures))
     if stage in ("prior", "decoder"):
         text, null = context.frozen.encode_texts(["a red circle"] * pictures)
@@ -73,7 +84,7 @@ def one_image(stage, model, batch, context, pictures):
 
 
 def prepare(stage, args, device):
-    """The Context of a stage's training, an untrained CLIP in it where one is needed."""
+    """The Context of a stage's training, with an untrained CLIP if the stage needs one."""
     args.out, args.seed, args.workers, args.given = Path(args.folder), 0, 0, "z_i"
     args.steps = args.learning_rate = args.data = args.clip = args.bpe = None
     args.dry_run = True
@@ -81,10 +92,11 @@ def prepare(stage, args, device):
 
 
 def count_memory(stage, args, device):
-    """One row of the table of memory: megabytes of weights, gradients, moments and EMA, of CLIP and z_i, of the backward pass.
+    """One row of the table of memory, in megabytes.
 
-    The backward pass is that of a piece of a batch (Recipe.at_once): each tensor that autograd keeps counts once, the
-    parameters do not. Two small pieces are counted; a row more adds the difference.
+    Weights, gradients, moments and EMA; CLIP and z_i; the backward pass of a piece of a batch
+    (Recipe.at_once). There each tensor that autograd keeps counts once, and parameters do not
+    count. Pieces of one row and of two rows are counted; each further row adds their difference.
     """
     context = prepare(stage, args, device)
     frozen, rows = context.frozen, min(context.recipe.at_once, context.recipe.batch_size)
@@ -141,14 +153,16 @@ def measure(stage, args, device, peak):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time every stage's training step and sampler, and set them beside the fastest "
-                                     "matrix product that torch makes on this machine.")
+    parser = argparse.ArgumentParser(
+        description="Time every stage's training step and sampler, and compare them with the "
+        "fastest matrix product of torch on this machine.")
     parser.add_argument("--preset", default="shapes", choices=train.RECIPES)
     parser.add_argument("--stages", nargs="+", default=list(train.STAGES), choices=train.STAGES, help="default: all")
-    parser.add_argument("--batch-size", type=int, help="in training; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="of training (default: the recipe's)")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of training (default float32); "
                         "sampling is float32")
-    parser.add_argument("--memory", action="store_true", help="show the memory that training needs, in place of speeds")
+    parser.add_argument("--memory", action="store_true",
+                        help="show the memory of training in place of speeds")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as args.folder:

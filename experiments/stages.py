@@ -1,11 +1,14 @@
-"""Which stage loses what a caption says? Pictures read back with each stage in turn given the truth (figure 8's rows, measured).
+"""Which stage loses attributes of the caption? (figure 8's rows, measured)
 
-In:   a folder of checkpoints; --n scenes never trained on, a caption of each
-Out:  on stdout, a Markdown table: how often each attribute that a caption says is right in the decoder's pictures, given z_i of
-      the true picture, z_i of the prior or none, with the caption and without; then, on the first --large of them, in the
-      true 64s and in those generated, made larger by the upsamplers and scaled back
+Each stage in turn gets the true input, and the pictures are read back.
 
-The same scenes, captions and noise serve every row, so that differences are the row's.
+In:   a folder of checkpoints; --n scenes never trained on, with a caption for each
+Out:  on stdout, a Markdown table: how often each attribute of the captions is right in the
+      decoder's pictures. The decoder gets z_i of the true picture, z_i of the prior or none, with
+      the caption and without. Then the first --large pictures: true 64s and generated ones,
+      enlarged by the upsamplers and scaled back
+
+All rows share scenes, captions and noise, so only the row makes a difference.
 
     python experiments/stages.py --n 200 --large 100
 """
@@ -32,7 +35,7 @@ COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound",
 
 
 def enlarged(stack, images, seed, device):
-    """Images (n, 3, 64, 64) through both upsamplers, {256 and 1024: scaled back to 64 by averaging}."""
+    """Images (n, 3, 64, 64) through both upsamplers: {256 and 1024: averaged back to 64}."""
     out = {size: [] for size in sample.SIZES[1:]}
     for k, image in enumerate(tqdm(images, "upsamplers")):
         image = image[None].to(device)
@@ -43,17 +46,21 @@ def enlarged(stack, images, seed, device):
 
 
 def cells(images, captions):
-    """The table's cells of pictures read back: right of said, attribute by attribute."""
+    """The table's cells of pictures read back: [right, named] of each attribute."""
     got = rates([(caption, score(sample.to_picture(image), caption), None) for caption, image in zip(captions, images)])
     return {a: got[a]["all"] for a in COLUMNS}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Read back what the decoder draws from the true z_i, the prior's or none, with "
-                                     "the caption and without, and what the upsamplers keep of it.")
+    parser = argparse.ArgumentParser(
+        description="Read back the decoder's pictures from the true z_i, the prior's or none, with "
+        "the caption and without, and the attributes that the upsamplers keep.")
     parser.add_argument("--n", type=int, default=200, help="captions (default 200)")
-    parser.add_argument("--large", type=int, default=50, help="of them through both upsamplers, twice 5 s each (default 50; 0: none)")
-    parser.add_argument("--things", type=int, choices=(1, 2), help="only scenes of so many things")
+    parser.add_argument("--large", type=int, default=50,
+                        help="pictures to send through both upsamplers, twice 5 s each (default "
+                             "50; 0: none)")
+    parser.add_argument("--things", type=int, choices=(1, 2),
+                        help="only scenes with this number of things")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
     parser.add_argument("--json", type=Path, help="write the numbers")

@@ -1,11 +1,12 @@
-"""Which guidance, how many steps, how many candidates at most? Caption accuracy of the whole chain against each, all else at its default.
+"""How does caption accuracy depend on guidance, steps and candidates?
 
 In:   a folder of checkpoints; the decoder's guidance scales, numbers of steps and of candidates to try
-Out:  on stdout, a Markdown table: how often everything that a caption says is right, for one thing and two, and
-      the seconds a picture takes; --plot draws it, with one standard error up and down. Guidance and steps are tried with one
-      candidate
+Out:  on stdout, a Markdown table for the whole chain: how often the whole caption is right, for one
+      thing and two, and the seconds a picture takes. --plot draws it, with one standard error up
+      and down. Each setting is varied with all others at their defaults; guidance and steps are
+      tried with one candidate
 
-The same captions and the same noise serve for every setting, so that differences are the setting's.
+All settings share captions and noise, so only the setting makes a difference.
 
     python experiments/sweep.py --n 200 --plot docs/sweep.png
 """
@@ -30,7 +31,7 @@ LINES = ("one thing", "two things")
 
 
 def captions_of(n, seed):
-    """n captions, of one thing and of two by turns."""
+    """n captions, of one thing and of two in turn."""
     captions = []
     for k in range(n):
         rng = np.random.default_rng([seed, 1 << 20, k])
@@ -40,7 +41,10 @@ def captions_of(n, seed):
 
 
 def measure(stack, captions, seed, **options):
-    """({"one thing", "two things": (share right, its standard error)}, seconds a picture) with options for sample.generate."""
+    """({"one thing", "two things": (share right, its standard error)}, seconds a picture).
+
+    options: those of sample.generate.
+    """
     began = time.perf_counter()
     right = [verdict["all"] for _, verdict, _ in draw_and_score(stack, captions, seed, **options)]
     groups = {name: np.array(right[k::2], float) for k, name in enumerate(LINES)}
@@ -49,15 +53,17 @@ def measure(stack, captions, seed, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Sweep the decoder's guidance, its steps, then its candidates, and read back how "
-                                     "often the pictures show all that their captions say.")
+    parser = argparse.ArgumentParser(
+        description="Sweep the decoder's guidance, its steps, then its candidates, and read back "
+        "how often the pictures show their whole captions.")
     parser.add_argument("--guidance", type=float, nargs="*", default=[1, 1.5, 2, 3, 4, 6], help="scales (default 1 1.5 2 3 4 6)")
     parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 50], help="steps (default 5 10 20 50)")
-    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8, 16], help="candidates at most (default 1 2 4 8 16)")
+    parser.add_argument("--candidates", type=int, nargs="*", default=[1, 2, 4, 8, 16],
+                        help="largest numbers of candidates (default 1 2 4 8 16)")
     parser.add_argument("--n", type=int, default=100, help="captions, half of one thing, half of two (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw both sweeps")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps")
     parser.add_argument("--json", type=Path, help="write the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
