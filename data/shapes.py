@@ -2,9 +2,9 @@
 
 A scene has one or two things: circle, square, triangle, star, heart or cross, in seven colours,
 small or large, solid or striped, on one of four backgrounds. With two, one stands left of, right
-of, above or below the other. A caption names the shapes and some of the rest. It never says exact places,
-tilts, exact sizes or the background's shading. Four pairs of colour and shape (HELD_OUT) are kept
-from training.
+of, above or below the other. A caption names the shapes and some of the rest. It never says exact
+places, tilts, exact sizes or the background's shading. Four pairs of colour and shape (HELD_OUT)
+are kept from training.
 
 Row n of batch k is drawn from (seed, k, n) alone: the same in any process, any worker, any order.
 """
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from clip_embed import to_tensor
@@ -33,7 +33,8 @@ WORDINGS = {"left of": ("to the left of", "left of", "on the left of"), "above":
             "below": ("below", "under")}
 HELD_OUT = {("purple", "star"), ("green", "heart"), ("orange", "cross"), ("black", "triangle")}
 VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill": FILLS}
-FIXED_SCENES = 65536  # scenes that the priors train on: their z_i are computed once
+FIXED_SCENES = 1 << 18  # scenes that the priors train on: their z_i are computed once
+FULL = 0.5  # share of the captions of priors and decoder that name everything
 
 
 # ------------------------------ scenes
@@ -112,18 +113,29 @@ def random_scene(rng, count=None, held_out=False):
             return lay_out(scene, rng)
 
 
+def training_scene(rng):
+    """A scene to train on: four of five have two things, which are harder."""
+    return random_scene(rng, 2 if rng.random() < 0.6 else None)
+
+
 def fixed_scene(seed, n):
     """Scene n of the priors' fixed set."""
-    return random_scene(np.random.default_rng([seed, 1 << 40, n]))
+    return training_scene(np.random.default_rng([seed, 1 << 40, n]))
 
 
 # ------------------------------ captions
 
-def attributes_in_caption(scene, rng):
-    """The attributes that a caption will name, each with probability 2/3; shapes always."""
+def all_attributes(scene):
+    """Each attribute that a caption can name beside the shapes."""
     options = [(k, a) for k in range(len(scene.things)) for a in ("colour", "size", "fill")]
-    options += ["background"] + ["relation"] * bool(scene.relation)
-    return {option for option in options if rng.random() < 2 / 3}
+    return options + ["background"] + ["relation"] * bool(scene.relation)
+
+
+def attributes_in_caption(scene, rng, full=0.0):
+    """The attributes that a caption will name: each with probability 2/3, or all, with `full`."""
+    if full and rng.random() < full:
+        return set(all_attributes(scene))
+    return {option for option in all_attributes(scene) if rng.random() < 2 / 3}
 
 
 def phrase(*words):
@@ -232,8 +244,7 @@ def render(scene, side):
     n = side * fine
     shading = 1 - abs(scene.shade) * np.linspace(0, 1, n)[::1 if scene.shade > 0 else -1]
     column = (np.array(BACKGROUNDS[scene.background]) * shading[:, None]).round().astype(np.uint8)
-    pixels = np.broadcast_to(column[:, None], (n, n, 3))
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = Image.fromarray(column[:, None]).resize((n, n), Image.Resampling.NEAREST)
     for thing in scene.things:
         draw_thing(picture, thing)
     return picture.reduce(fine)
@@ -246,19 +257,23 @@ def draw_thing(picture, thing):
 
     def place(corners):
         xy = (corners @ turn) * thing.radius + (thing.x, thing.y)
-        return list(map(tuple, xy * n))
+        return (xy * n).astype(int)
+
+    def draw(image, corners, colour):
+        ImageDraw.Draw(image).polygon(list(map(tuple, corners.tolist())), colour)
 
     shape = place(outlines()[thing.shape])
     colour = np.array(COLOURS[thing.colour])
-    ImageDraw.Draw(picture).polygon(shape, tuple(colour.tolist()))
+    draw(picture, shape, tuple(colour.tolist()))
     if thing.fill == "striped":  # bars, mixed with 35% white, cut out by the outline
-        bars, inside, black = (Image.new("L", (n, n)) for _ in range(3))
+        corner = shape.min(0) - 2
+        bars, inside = (Image.new("L", tuple(shape.max(0) - corner + 3)) for _ in range(2))
         for top in np.arange(-0.9, 1, 0.7):
             bar = np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
-            ImageDraw.Draw(bars).polygon(place(bar), 255)
-        ImageDraw.Draw(inside).polygon(shape, 255)
+            draw(bars, place(bar) - corner, 255)
+        draw(inside, shape - corner, 255)
         light = (0.65 * colour + 0.35 * 255).round().astype(int)
-        picture.paste(tuple(light.tolist()), mask=Image.composite(bars, black, inside))
+        picture.paste(tuple(light.tolist()), tuple(corner), ImageChops.darker(bars, inside))
     if thing.word:  # as wide as the thing
         width = ImageFont.load_default(20).getlength(thing.word)
         font = ImageFont.load_default(2 * thing.radius * n * 20 / width)
@@ -284,10 +299,9 @@ def corpus(n=2000, seed=0):
 class ShapeBatches(Dataset):
     """Rows of batch k of a stage's training: those of process `rank` of `world`.
 
-    clip, decoder: images (b, 3, 64, 64) uint8 and captions. Three scenes of four have two things,
-    since these are harder. For clip each scene stands beside three near misses, and no caption
-    comes twice, since a duplicate would be a false negative. Priors: numbers of fixed scenes, and
-    captions. Upsamplers: (high, low) crops, four of a scene, by upsample.training_crops.
+    clip, decoder: images (b, 3, 64, 64) uint8 and captions. For clip each scene stands beside three
+    near misses, and no caption comes twice, since a duplicate would be a false negative. Priors:
+    numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by upsample.training_crops.
     split: "train" or "validation".
     """
 
@@ -328,7 +342,7 @@ class ShapeBatches(Dataset):
             rng = self.rng(k, n)
             numbers.append(int(rng.integers(*choice)))
             scene = fixed_scene(self.seed, numbers[-1])
-            captions.append(describe(scene, attributes_in_caption(scene, rng), rng))
+            captions.append(describe(scene, attributes_in_caption(scene, rng, FULL), rng))
         return torch.tensor(numbers), captions
 
     def captioned_rows(self, k):
@@ -349,10 +363,10 @@ class ShapeBatches(Dataset):
 
     def draw_group(self, rng):
         """(scenes, attributes that their captions name): for clip with three near misses."""
-        scene = random_scene(rng, 2 if rng.random() < 0.5 else None)
-        named = attributes_in_caption(scene, rng)
+        scene = training_scene(rng)
         if self.stage != "clip":
-            return [scene], named
+            return [scene], attributes_in_caption(scene, rng, FULL)
+        named = attributes_in_caption(scene, rng)
         if scene.relation and rng.random() < 0.7:  # more to bind
             named |= {(0, "colour"), (1, "colour"), "relation"}
         return [scene, *near_misses(scene, named, rng)], named
