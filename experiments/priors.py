@@ -1,17 +1,22 @@
-"""The two priors side by side: with each other, with z_t in z_i's place, and with true embeddings (§2.2, §5.1).
+"""The two priors compared: with each other, with z_t, and with true embeddings (§2.2, §5.1).
 
 In:   a folder with clip.pt, prior.pt and ar-prior.pt
 Out:  on stdout, Markdown tables, mean ± standard error over --seeds; --json keeps each seed's numbers
 
-The captions are such as neither prior was trained on: their training's captions are drawn again, as the checkpoints
-say, and avoided. Columns:
-  cosine with z_t     of one z_i a caption
-  nearest fits        how often the nearest of 1,000 true embeddings, one a caption, is of a scene that the caption describes
-  Fréchet             distance ×1000 between the embeddings of all captions and true ones (means and covariances)
-  distance, one draw  distance to the mean of a caption's true embeddings, in units of their spread, of one z_i (root mean square)
-  …, mean of 32       the same of the mean of 32 z_i of the caption; true ones are not at 0 either, having 32 as well
-  diversity           1 − mean cosine of two z_i of one under-specified caption, as a share of the true ones'
-  seconds             for 1,000 z_i, captions read already
+Neither prior was trained on these captions: the script draws the training captions again, from the
+record in the checkpoints, and avoids them. Columns:
+  cosine with z_t     of one z_i per caption
+  nearest fits        how often the caption describes the scene of the nearest of 1,000 true
+                      embeddings (one per caption)
+  Fréchet             distance ×1000 between the embeddings of all captions and true ones (means and
+                      covariances)
+  distance, one draw  of one z_i to the mean of a caption's true embeddings, in units of their
+                      spread (root mean square)
+  …, mean of 32       the same for the mean of 32 z_i of the caption; for true embeddings it is not
+                      0 either, because there are 32 of them as well
+  diversity           1 − mean cosine of two z_i of one under-specified caption, as a share of the
+                      value for true embeddings
+  seconds             for 1,000 z_i, without encoding the captions
 
     python experiments/priors.py --weights runs/shapes --json priors.json
 """
@@ -46,7 +51,10 @@ DISTANCES = ("distance, one draw", "distance, mean of 32")
 
 
 def trained_on(path, stage):
-    """The captions that a prior's checkpoint was trained on, drawn again. Raises UserError where it doesn't say how."""
+    """The captions that a prior was trained on, drawn again.
+
+    Raises UserError if the checkpoint has no record of them.
+    """
     checkpoint = read_checkpoint(path, stage)
     try:
         record = checkpoint.get("trained") or checkpoint["training"]
@@ -57,7 +65,10 @@ def trained_on(path, stage):
 
 
 def unseen_captions(n, seed, seen):
-    """n captions of random scenes, those in `seen` left out (mostly short ones, of which there are few)."""
+    """n captions of random scenes, without those in `seen`.
+
+    The omitted captions are mostly short, since there are few short ones.
+    """
     rng, captions = np.random.default_rng([seed, 1 << 50]), []
     while len(captions) < n:
         scene = random_scene(rng)
@@ -67,7 +78,7 @@ def unseen_captions(n, seed, seen):
 
 
 def fits(scene, said):
-    """Whether a scene is what a parsed caption says."""
+    """Does a scene fit a parsed caption?"""
     if len(scene.things) != len(said.things) or said.background not in (None, scene.background):
         return False
     return any(all(getattr(s, a) in (None, getattr(t, a)) for s, t in zip(said.things, things) for a in VALUES)
@@ -77,7 +88,10 @@ def fits(scene, said):
 
 
 def load(weights, device):
-    """{"clip", "tokenizer", "prior", "ar-prior"} of a folder. Raises UserError, also where they belong to different CLIPs."""
+    """{"clip", "tokenizer", "prior", "ar-prior"} of a folder.
+
+    Raises UserError, also if they belong to different CLIPs.
+    """
     clip, tokenizer = load_clip(weights / "clip.pt")
     stack = {"clip": clip.to(device), "tokenizer": tokenizer}
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
@@ -91,7 +105,7 @@ def load(weights, device):
 
 
 def embed(stack, scenes):
-    """z_i (n, d) of scenes, rendered at the size that CLIP reads."""
+    """z_i (n, d) of scenes, rendered at CLIP's image size."""
     size, parts = stack["clip"].config.image_size, []
     for first in range(0, len(scenes), 250):
         images = torch.stack([to_tensor(render(s, size)) for s in scenes[first:first + 250]])
@@ -100,7 +114,10 @@ def embed(stack, scenes):
 
 
 def draw(stack, captions, seed, methods):
-    """z_t (n, d), and of each method {name: z_i (n, d)} and {name: seconds}; z_i number k from a generator of its own."""
+    """z_t (n, d), {name: z_i (n, d)} and {name: seconds} of each method.
+
+    Each z_i has its own generator.
+    """
     z_t, z_i, seconds = [], {name: [] for name in methods}, dict.fromkeys(methods, 0.0)
     for first in tqdm(range(0, len(captions), 250), ", ".join(methods), leave=False):
         some = captions[first:first + 250]
@@ -127,13 +144,16 @@ def frechet(a, b):
 
 
 def spread_out(z):
-    """1 − mean cosine of two of z (groups, n, d), of each group."""
+    """1 − mean cosine of two of z (groups, n, d), for each group."""
     n = z.shape[1]
     return 1 - (z.sum(1).square().sum(1) - n) / (n * (n - 1))
 
 
 def off(z, true):
-    """How far z (groups, n, d) are from the means of true (groups, m, d), in units of its spread: (of a draw, of the mean)."""
+    """Distance of z (groups, n, d) to the means of true (groups, m, d), in units of true's spread.
+
+    Returns (distance of one draw, distance of the mean).
+    """
     mean = true.mean(1, keepdim=True)
     variance = (true - mean).square().sum((1, 2)) / (true.shape[1] - 1)
     one = ((z - mean).square().sum(2).mean(1) / variance).mean().sqrt()
@@ -141,7 +161,10 @@ def off(z, true):
 
 
 def measure(stack, seed, n, seen, shift):
-    """All numbers of one seed: {"priors": {row: {column: number}}, "variances": {"steps, variance": Fréchet}}."""
+    """All numbers of one seed.
+
+    {"priors": {row: {column: number}}, "variances": {"steps, variance": Fréchet}}.
+    """
     methods = {"diffusion": lambda text, null, noise: prior.sample(stack["prior"], text, null, noise),
                "autoregressive": lambda text, null, noise: prior.ar_sample(stack["ar-prior"], text, null, noise),
                "z_t shifted": lambda text, null, noise: F.normalize(text["z_t"] + shift, dim=1),
@@ -149,7 +172,7 @@ def measure(stack, seed, n, seen, shift):
     captions, rng = unseen_captions(n, seed, seen), np.random.default_rng([seed, 1 << 51])
 
     def with_truth(captions, seed):
-        """draw, and beside the methods "true": other scenes of the same captions."""
+        """The result of draw, with one more method "true": other scenes of the same captions."""
         z_t, z_i, seconds = draw(stack, captions, seed, methods)
         return z_t, z_i | {"true": embed(stack, [scene_of(parse_caption(c), rng) for c in captions])}, seconds
 
@@ -179,7 +202,7 @@ def measure(stack, seed, n, seen, shift):
 
 
 def cell(values):
-    """Mean ± standard error of one number a seed; – where there is none."""
+    """Mean ± standard error of one number per seed; – if there is none."""
     values = np.array(values)
     if np.isnan(values).any():
         return "–"
@@ -187,7 +210,7 @@ def cell(values):
 
 
 def report(results):
-    """The tables of measure's results, one a seed, and the differences that are asked about, seed by seed, as Markdown."""
+    """Markdown tables of measure's results, one per seed, and of their paired differences."""
     rows = [r["priors"] for r in results]
     columns = list(rows[0]["true"])
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -205,11 +228,13 @@ def report(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare both priors with each other, with z_t and with true embeddings, on "
-                                     "captions that neither was trained on; and analytic with fixed-small variance.")
+    parser = argparse.ArgumentParser(
+        description="Compare both priors with each other, with z_t and with true embeddings, on "
+        "captions that neither was trained on. Also compare analytic with fixed-small variance.")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of clip.pt, prior.pt and ar-prior.pt")
-    parser.add_argument("--seeds", type=int, default=5, help="how often, with other captions and noise (default 5)")
-    parser.add_argument("--n", type=int, default=5000, help="captions a seed (default 5000)")
+    parser.add_argument("--seeds", type=int, default=5,
+                        help="repetitions with other captions and noise (default 5)")
+    parser.add_argument("--n", type=int, default=5000, help="captions per seed (default 5000)")
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
@@ -225,7 +250,7 @@ def main():
         results = []
         for seed in tqdm(range(args.seeds), "seeds"):
             results.append(measure(stack, seed, args.n, seen, shift))
-            if args.json:  # what is done is kept
+            if args.json:  # keep finished seeds
                 args.json.write_text(json.dumps({"captions": args.n, "results": results}, indent=1, ensure_ascii=False), "utf-8")
         print(f"{args.n:,} captions, {args.seeds} seeds, on {stack['clip'].logit_scale.device}; {len(seen):,} captions of the "
               f"training avoided\n\n{report(results)}")

@@ -1,13 +1,19 @@
-"""Which prior is better, at equal training compute and at equal sampling time? (table 2 and §2.2 prefer the diffusion prior)
+"""Which prior is better, at equal training compute and at equal sampling time?
 
-In:   a folder of checkpoints; --prior and --ar-prior, other checkpoints of the priors, such as two trained for this
-Out:  on stdout, what each prior's training cost, in operations that torch counts in one step, times its steps; a table of
-      the autoregressive prior, the diffusion prior, and the diffusion prior with as many steps as take no longer than the
-      autoregressive one: seconds, Fréchet distance of z_i to true ones, how often a picture decoded from z_i shows all that
-      its caption says, and the Fréchet distance of those pictures; then the conclusions. --picture: pictures, a prior a row
+The paper prefers the diffusion prior (table 2, §2.2).
 
-Whether the comparison is at equal training compute is for the counts to say: where they differ by more than a quarter, the script
-says how many steps would make them equal. Equal sampling time is measured, or given by --equal-steps.
+In:   a folder of checkpoints; --prior and --ar-prior, other checkpoints of the priors, such as two
+      trained for this comparison
+Out:  on stdout, the training cost of each prior: the operations that torch counts in one step,
+      times the steps. Then a table of the autoregressive prior, the diffusion prior, and the
+      diffusion prior with fewer steps, so that it takes no longer than the autoregressive prior.
+      Its columns: seconds, the Fréchet distance of z_i to true ones, how often a picture decoded
+      from z_i shows its whole caption, and the Fréchet distance of those pictures. Then the
+      conclusions. --picture: pictures, one prior per row
+
+The counts show if training compute is equal. If they differ by more than a quarter, the script
+prints the number of steps that would make them equal. Equal sampling time is measured, or set by
+--equal-steps.
 
     python experiments/table2.py
     python experiments/table2.py --prior runs/equal/prior.pt --ar-prior runs/equal/ar-prior.pt
@@ -32,18 +38,18 @@ from speed import operations
 from sweep import captions_of
 
 LOSSES = {"prior": prior.prior_loss, "ar-prior": prior.ar_loss}
-MORE = 10  # embeddings for each picture: they cost little, and Fréchet distances want many
+MORE = 10  # embeddings for each picture: they are cheap, and Fréchet distances need many
 
 
 def training(path, stage, stack):
-    """(steps, operations of one step) of a prior's training, as its checkpoint says. Raises UserError."""
+    """(steps, operations of one step) of a prior's training. Raises UserError."""
     checkpoint = read_checkpoint(path, stage)
     try:
         record = checkpoint.get("trained") or checkpoint["training"]
         steps, batch = record["step"], record["recipe"]["batch_size"]
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say how long it was trained") from None
-    one = captions_of(batch, 0)  # as long as training's batches: operations grow with the longest caption
+    one = captions_of(batch, 0)  # as in training: operations grow with the longest caption
     text, null = encode_captions(stack["clip"], stack["tokenizer"], one)
     z_i = embed(stack, true_scenes(one, 0)).to(text["z_t"].device)
     network = stack[stage].requires_grad_(True)
@@ -54,7 +60,10 @@ def training(path, stage, stack):
 
 
 def equal_steps(stack, captions):
-    """For these captions (seconds of the AR prior, of the diffusion prior, the latter's steps that take no longer than the former)."""
+    """(seconds of the AR prior, seconds of the diffusion prior, steps at equal time) for captions.
+
+    The last is the number of diffusion steps that take no longer than the AR prior.
+    """
     def seconds(kind, steps=None):
         times = []
         for _ in range(4):
@@ -69,7 +78,10 @@ def equal_steps(stack, captions):
 
 
 def measure(stack, args, steps):
-    """({prior: {column: one number a seed}}, a picture of the first captions); steps: of the diffusion prior at equal time."""
+    """({prior: {column: one number per seed}}, a picture of the first captions).
+
+    steps: those of the diffusion prior at equal time.
+    """
     kinds = {"AR": ("ar", None), "diffusion": ("diffusion", None), "diffusion, AR's time": ("diffusion", steps)}
     seen, z, seconds, true, first, captions = ({k: [] for k in kinds}, {k: [] for k in kinds}, {k: [] for k in kinds}, [], {}, [])
     for seed in seeds(args):
@@ -100,7 +112,10 @@ def conclusions(rows):
 
 
 def balance(costs):
-    """A sentence on the training of both priors, {stage: (steps, operations of one)}: equal, or what would make it so."""
+    """A sentence on the training of both priors: equal, or the steps that would make it equal.
+
+    costs: {stage: (steps, operations of one)}.
+    """
     totals = {stage: steps * each for stage, (steps, each) in costs.items()}
     said = "; ".join(f"{stage} {steps:,} steps of {each / 1e9:,.1f} GFLOP, {totals[stage] / 1e12:,.0f} TFLOP in all"
                      for stage, (steps, each) in costs.items())
@@ -113,12 +128,14 @@ def balance(costs):
 
 
 def main():
-    parser = options("Compare the autoregressive with the diffusion prior, as trained and at equal sampling time.", 48,
+    parser = options("Compare the autoregressive with the diffusion prior, as trained and at equal "
+                     "sampling time.", 48,
                      f"captions whose pictures are decoded; {MORE} times as many z_i are drawn")
     for stage in LOSSES:
         parser.add_argument(f"--{stage}", type=Path, metavar="PATH", help=f"default: {stage}.pt of --weights")
-    parser.add_argument("--equal-steps", type=int, help="of the diffusion prior in its last row (default: as many as take no longer "
-                        "than the autoregressive prior, by the clock)")
+    parser.add_argument("--equal-steps", type=int,
+                        help="steps of the diffusion prior in the last row (default: as many as "
+                        "take no longer than the autoregressive prior, by the clock)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if args.equal_steps is not None and not 1 <= args.equal_steps <= 1000:

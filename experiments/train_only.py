@@ -1,7 +1,7 @@
-"""Fine-tune some parameters of a stage alone: train.py --init, and the names of the parameters to train.
+"""Fine-tune only some parameters of a stage: train.py --init, and the names of these parameters.
 
-In:   train.py's own arguments, --init among them, and --only with parts of parameters' names
-Out:  as of train.py; all other parameters keep the very bytes that they have in --init
+In:   train.py's own arguments, with --init, and --only with parts of parameters' names
+Out:  as of train.py; all other parameters keep the very bytes of --init
 
     python experiments/train_only.py decoder --given z_t --only qkv proj_out --init weights/shapes/decoder.pt --out runs/z_t
 """
@@ -17,7 +17,7 @@ from train_words import record
 
 
 def freeze(run, only):
-    """Leave out of a Run's training all parameters without one of `only` in their names. Raises UserError."""
+    """Train only the parameters of a Run with one of `only` in their names. Raises UserError."""
     parameters = dict(run.model.named_parameters())
     for part in only:
         if not any(part in name for name in parameters):
@@ -28,8 +28,9 @@ def freeze(run, only):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="train.py, training some parameters alone, in one process. All other arguments "
-                                     "are train.py's.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="train.py for some parameters only, in one process. All other arguments are "
+        "train.py's.", allow_abbrev=False)
     parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="parts of the names of the parameters to train")
     args, others = parser.parse_known_args()
     build = train.build

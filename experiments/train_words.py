@@ -1,4 +1,6 @@
-"""Train CLIP and decoder with words written across things (fig. 6): train.py, and a share of scenes with words.
+"""Train CLIP and decoder with words written across things (fig. 6).
+
+This is train.py with words in a share of its scenes.
 
 In:   train.py's own arguments, and --words SHARE
 Out:  as of train.py
@@ -21,8 +23,9 @@ from data.shapes import (SHAPES, ShapeBatches, attributes_in_caption, lay_out, n
 def write_words(group, named, rng):
     """(group, named) of scenes of one thing, with a shape's name across each thing.
 
-    Things become large, or nobody could read them. Like other attributes the word is left out of captions a third of the
-    time. If it is named, it alone tells the group's scenes apart, so CLIP must read it.
+    Things become large, because the words would be illegible on small ones. A third of the captions
+    leave the word out, as for other attributes. If a caption names it, the word alone distinguishes
+    the group's scenes, so CLIP must read it.
     """
     if rng.random() < 2 / 3:
         group, named = group[:1] * len(group), named | {(0, "word")}
@@ -31,7 +34,7 @@ def write_words(group, named, rng):
 
 
 class WordBatches(ShapeBatches):
-    """ShapeBatches, a share `words` of whose scenes have words written across."""
+    """ShapeBatches with words written across a share `words` of the scenes."""
 
     def __init__(self, *args, words, **options):
         super().__init__(*args, **options)
@@ -47,8 +50,9 @@ class WordBatches(ShapeBatches):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="train.py, with words written across a share of the scenes of clip and decoder. "
-                                     "All other arguments are train.py's.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="train.py, with words written across a share of the scenes of clip and "
+        "decoder. All other arguments are train.py's.", allow_abbrev=False)
     parser.add_argument("--words", type=float, required=True, help="share of the scenes with a word, 0 to 1")
     args, others = parser.parse_known_args()
     with one_line_errors():
@@ -60,7 +64,7 @@ def main():
 
 
 def record(**extra):
-    """Have train.py keep `extra` in its checkpoints and refuse to resume with another."""
+    """Make train.py store `extra` in its checkpoints and refuse to resume with another value."""
     prepare = train.prepare
 
     def prepare_and_record(stage, args, device):

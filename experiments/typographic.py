@@ -1,14 +1,16 @@
-"""Does a word written across a thing change what CLIP calls it, and what its z_i decodes to? (§4, fig. 6)
+"""Does a word written across a thing change CLIP's label, and decodings of its z_i? (§4, fig. 6)
 
-In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter; two short trainings make one that
-      has, in a tenth of its scenes, and a decoder for it:
+In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter. Two
+      short trainings make a CLIP that has, in a tenth of its scenes, and a decoder for it:
         python experiments/train_words.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
         python experiments/train_words.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
-Out:  on stdout, a table: of true pictures of a large thing, without and with the name of another shape across it, how often
-      CLIP's nearest caption "a circle" … "a cross" names the thing, how often the word, and how often one of the four other
-      shapes, which is what mere damage would make of it; and which of these a decoding of z_i shows. The reader's own line is of
-      the pictures themselves; the last says how often CLIP, asked, reads the word: a CLIP that cannot is not fooled either. Then
-      the conclusions. --picture: pictures, plain and with a word, each over its decoding
+Out:  on stdout, a table for true pictures of a large thing, without and with the name of another
+      shape across it. CLIP's label is the nearest caption of "a circle" … "a cross". The table
+      shows how often it names the thing, how often the word, and how often one of the four other
+      shapes. Mere damage would lead to the other shapes. The same columns count the shapes in
+      decodings of z_i. The reader's own line is about the pictures themselves. The last line shows
+      how often CLIP, asked for the word, reads it: a CLIP that cannot read is not fooled either.
+      Then the conclusions. --picture: pictures, plain and with a word, each above its decoding
 
     python experiments/typographic.py --weights runs/words --picture docs/typographic.png
 """
@@ -32,15 +34,15 @@ from priors import embed
 from data.shapes import lay_out, pick, random_scene
 
 ASKED = "CLIP, asked for the word"
-NEUTRAL = 45  # a pixel whose channels differ by less is a letter's or the background's
+NEUTRAL = 45  # pixels whose channels differ by less belong to a letter or the background
 
 
 def scenes_of(n, seed):
-    """n scenes of one large thing in colour, and the same with the name of another shape across it."""
+    """n scenes of one large coloured thing, and the same with another shape's name across it."""
     plain = []
     for k in range(n):
         rng, thing = np.random.default_rng([seed, 1 << 55, k]), None
-        while thing is None or thing.colour == "black":  # the reader tells letters from things by their having no colour
+        while thing is None or thing.colour == "black":  # neutral pixels count as letters
             scene = random_scene(rng, 1)
             thing = replace(scene.things[0], size="large", word=pick(rng, [s for s in SHAPES if s != scene.things[0].shape]))
         plain.append(lay_out(replace(scene, things=(thing,)), rng))
@@ -48,7 +50,7 @@ def scenes_of(n, seed):
 
 
 def read_shape(image):
-    """The shape of the one coloured thing in an image (3, 64, 64), letters left out of account; None where none is seen."""
+    """The shape of the one coloured thing in an image (3, 64, 64), or None. Letters are ignored."""
     pixels = np.asarray(sample.to_picture(image), np.float32)
     _, plane, _ = fit_background(pixels)
     contrast = (pixels - plane).astype(np.float32)
@@ -71,12 +73,15 @@ def read_shape(image):
 
 
 def named(stack, z_i):
-    """The shape that CLIP names for each of z_i (n, d): that of the nearest of the captions "a circle" … "a cross"."""
+    """CLIP's label of each z_i (n, d): the shape of the nearest of "a circle" … "a cross"."""
     return [SHAPES[k] for k in (z_i @ z_t(stack, [f"a {shape}" for shape in SHAPES]).T).argmax(1).tolist()]
 
 
 def reads(stack, z_i, scenes):
-    """Whether z_i (n, d) of scenes with a word are nearest to the caption that says what is written, of the five other shapes' names."""
+    """Does each z_i (n, d) of a scene with a word prefer the caption with this word?
+
+    There are five captions, with the names of the five other shapes.
+    """
     words = {shape: [word for word in SHAPES if word != shape] for shape in SHAPES}
     told = {shape: z_t(stack, [f"a {shape} that says {word}" for word in words[shape]]) for shape in SHAPES}
     things = [scene.things[0] for scene in scenes]
@@ -108,7 +113,10 @@ def measure(stack, args):
 
 
 def conclusions(rows):
-    """What the word takes, which of the two loses more by it, and whether it is read: chosen above the other wrong shapes."""
+    """The loss by the word, for CLIP and for decodings, and which is larger. Is the word read?
+
+    It is read if it is chosen more often than the other wrong shapes.
+    """
     taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
     said = []
     for who, verb in (("CLIP", "names"), ("decoding", "shows")):
@@ -124,7 +132,8 @@ def conclusions(rows):
 
 
 def main():
-    parser = options("Write words across things: is CLIP's label fooled, and what do decodings of its z_i show?", 64, "pictures")
+    parser = options("Write words across things: is CLIP's label fooled, and are decodings of its "
+                     "z_i?", 64, "pictures")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
