@@ -43,7 +43,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 START, END = "<|startoftext|>", "<|endoftext|>"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # for training: no others
 
-# ------------------------------ captions into tokens
 
 @lru_cache
 def bytes_to_unicode():
@@ -171,8 +170,6 @@ class Tokenizer:
         end = (ids == self.end).int().argmax(1, keepdim=True)  # the first: padding may be END too
         return torch.arange(ids.shape[1], device=ids.device) <= end
 
-
-# ------------------------------ the two towers
 
 @dataclass
 class CLIPConfig:
@@ -380,8 +377,6 @@ def encode_captions(clip, tokenizer, captions):
     return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
 
 
-# ------------------------------ pictures in and out
-
 def open_picture(path, data=None, side=None):
     """A picture file as an RGB Pillow image, upright by its EXIF tag, transparency on white.
 
@@ -452,8 +447,6 @@ def psnr(a, b):
     """Peak signal-to-noise ratio in dB of images in [-1, 1], at most 120."""
     return -10 * math.log10(max(1e-12, float(((a - b) / 2).square().mean())))
 
-
-# ------------------------------ what every script needs
 
 class UserError(Exception):
     """An error that the user can mend: scripts print one line and exit with status 2."""

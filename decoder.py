@@ -9,7 +9,7 @@ embedding too. The network predicts the noise ε and each step's variance (Impro
 objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and
 the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
-Sampling is ancestral, or DDIM. DDIM run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
+Sampling is ancestral, or DDIM, which run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
 The small `shapes` network folds pixels into channels (`patch_size`), is given their `coordinates`,
 and predicts a velocity (eps_from_velocity).
@@ -41,18 +41,19 @@ class DecoderConfig:
     head_channels: int = 64
     norm_groups: int = 32
     dropout: float = 0.1
-    coordinates: bool = False        # give the network each pixel's place (not in the paper)
+    coordinates: bool = False        # tell the network each pixel's place
     scale_shift: bool = True         # ADM's blocks; False: the timestep embedding is only added
     prediction: str = "eps"          # or "velocity" (eps_from_velocity)
     top_signal: float = 0.015        # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
     guidance: float = 2.0            # of sampling (Karlo: 8)
     steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
-    candidates: int = 1              # pictures that sample.py draws at most for one
-    enough: float = 1.2              # surprise below which it keeps a candidate at once
-    float32: bool = False            # sample with ᾱ rounded, as Karlo's library does
+    ladder_power: float = 1.0        # their spacing (ladder)
+    candidates: int = 1              # sample.py draws so many at most, and keeps the best
+    enough: float = 1.2              # it stops at one with sample.surprise below this
+    float32: bool = False            # of ᾱ in sampling alone (Karlo's library)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
-    z_i_tokens: int = 4              # context tokens made from z_i
+    z_i_tokens: int = 4              # context tokens of z_i
     clip_text_width: int = 1024      # width of CLIP's text states
     text_layers: int = 24            # the caption's own transformer; 0: CLIP's states straight in
     text_width: int = 2048
@@ -65,15 +66,12 @@ PRESETS = {
     "shapes": DecoderConfig(
         patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
         dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=8,
-        embed_dim=128, clip_text_width=128, text_layers=2, text_width=128, text_heads=2,
-        text_context=77),
+        embed_dim=128, clip_text_width=128, text_layers=0, text_width=128),
     "laptop": DecoderConfig(channels=128, depth=2, embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
     "paper": DecoderConfig(steps=250),
 }
 
-
-# ------------------------------ Gaussian diffusion
 
 @lru_cache
 def cosine_schedule(T=1000):
@@ -124,14 +122,12 @@ def learned_log_variance(v, beta, beta_tilde):
 
 
 def eps_from_velocity(x_t, velocity, alpha_t):
-    """ε = √ᾱ_t v + √(1−ᾱ_t) x_t of a predicted velocity v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022).
+    """ε = √ᾱ_t u + √(1−ᾱ_t) x_t of a predicted velocity u = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022).
 
-    Not in the paper. An error in ε is multiplied by √(1−ᾱ)/√ᾱ in x̂_0, one in v only by √(1−ᾱ).
+    Not in the paper. In x̂_0 an error in ε is multiplied by √(1−ᾱ)/√ᾱ, one in u only by √(1−ᾱ).
     """
     return alpha_t.sqrt() * velocity + (1 - alpha_t).sqrt() * x_t
 
-
-# ------------------------------ the U-Net (ADM, guided-diffusion)
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -203,7 +199,7 @@ class AttentionBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The caption's own transformer: bidirectional over tokens, padding masked (§2.1; GLIDE)."""
+    """The caption's own bidirectional transformer (§2.1; GLIDE, but padding is masked)."""
 
     def __init__(self, config):
         super().__init__()
@@ -311,7 +307,7 @@ class Decoder(nn.Module):
             return h
 
         h = F.pixel_unshuffle(x_t, c.patch_size)
-        if c.coordinates:  # deep networks infer places from their padding; a small one hardly
+        if c.coordinates:  # deep networks infer places from padding
             lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
             places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
             h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)
@@ -325,15 +321,13 @@ class Decoder(nn.Module):
             h = run(blocks, torch.cat([h, skips.pop()], 1))
         h = self.conv_out(F.silu(self.norm_out(h))).float()
         eps, v = F.pixel_shuffle(h, c.patch_size).chunk(2, 1)
-        if c.prediction == "velocity":
+        if c.prediction == "velocity":  # eps holds it until here
             eps = eps_from_velocity(x_t, eps, at(cosine_schedule(), t, x_t))
-        return eps, (v + 1) / 2
+        return eps, (v + 1) / 2  # v = 0: variance β̃, 1: β
 
-
-# ------------------------------ training
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL(N(mean_1, …) ‖ N(mean_2, …)) in nats."""
+    """KL(N(mean_1, …) ‖ N(mean_2, …)), nats."""
     log_ratio = log_variance_1 - log_variance_2
     distance = (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2)
     return 0.5 * (torch.exp(log_ratio) - log_ratio - 1 + distance)
@@ -378,14 +372,17 @@ def randn(generators, shape, device):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
-def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_caption=0.5):
+def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_caption=0.5,
+                 time_power=1.0):
     """L_simple + 0.001 L_vlb, both conditions dropped at random (§2.1; Improved DDPM eq. 16).
 
     x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty one, generators:
-    one torch.Generator a row. The bound trains only the variance; each term stands for all T.
+    one torch.Generator a row. L_vlb trains v alone; one of its T terms is drawn, times T.
+    t = T u^time_power, u uniform: 1 is the paper's; below 1 high t come more often.
     """
     alphas_cumprod, T, device = cosine_schedule(), 1000, x_0.device
-    t = torch.cat([torch.randint(T, (1,), generator=g) for g in generators]).to(device)
+    u = torch.stack([torch.rand((), generator=g) for g in generators])
+    t = (T * u ** time_power).long().to(device)
     noise = randn(generators, x_0.shape, device)
     drop = torch.stack([torch.rand(2, generator=g) for g in generators]).to(device)
     x_t = q_sample(x_0, t, noise, alphas_cumprod)
@@ -398,17 +395,16 @@ def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_cap
     return simple.mean() + 0.001 * T * vlb.mean()
 
 
-# ------------------------------ sampling
+def ladder(steps, top, power=1.0):
+    """`steps` timesteps from 0 to `top`, ascending; one step is [top] (§2.1; Improved DDPM §4).
 
-def ladder(steps, top):
-    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
-
-    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
+    Evenly spaced with power 1. Not in the paper: below 1 they are denser near `top`, above 1 near
+    0, and equal ones are left out. Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    rungs = torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist()
-    return rungs if steps > 1 else [top]
+    shares = torch.linspace(0, 1, steps, dtype=torch.float64) ** power
+    return (top * shares).round().long().unique().tolist() if steps > 1 else [top]
 
 
 def top_step(alphas_cumprod, signal=0.015):
@@ -439,16 +435,17 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
            clamp=True, bar=False):
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
-    generators: one torch.Generator a picture; guidance and steps are the config's if None. eta:
-    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: start from
-    this noise, on its inversion's steps, with clamp=False: x̂_0 is then not held in [-1, 1].
+    generators: one torch.Generator a picture. guidance_scale, steps: None for the config's. eta:
+    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: invert's.
+    It decodes to its picture if z_i, text, steps are invert's, guidance 1, eta 0, clamp False.
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
     guidance_scale = c.guidance if guidance_scale is None else guidance_scale
     if x_T is None:
         x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device)
-        rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
+        rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal),
+                       c.ladder_power)
     else:
         x, rungs = x_T, inversion_ladder(steps or c.steps)
     for n in tqdm(reversed(range(len(rungs))), "decoder", len(rungs), disable=not bar):
@@ -472,8 +469,6 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
             x = x + deviation * randn(generators, x.shape, x.device)
 
 
-# ------------------------------ inversion
-
 def inversion_ladder(steps, noise=0.04):
     """Inversion's timesteps: from √(1−ᾱ_t) ≥ noise up to top_step. Raises ValueError."""
     alphas_cumprod = cosine_schedule()
@@ -486,9 +481,9 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     """x_T (B, 3, H, W), from which DDIM with η = 0, unguided, unclamped, decodes x_0 (§3).
 
     generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
-    (five of 255 shades), at x_t ~ q(x_t|x_0) on the lowest rung. From x_0 itself, where the network
-    predicts no noise, x_T gets less than a tenth of noise's variance. A step s → t needs ε at the
-    unknown x_t (DDIM eq. 14): ε of the rung below gives a guess of x_t, and ε at the guess x_t.
+    (five of 255 shades), x_t ~ q(x_t|x_0) on the lowest rung. Started at x_0, where the network
+    predicts no noise, it ends with under a tenth of noise's variance. A step s → t needs ε at x_t,
+    which it is to find (DDIM eq. 14): the last ε gives a guess of x_t, ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
@@ -512,13 +507,13 @@ def main():
         description="Take a picture apart into (z_i, x_T) and put it together again: a strip of "
         "picture, reconstruction, and three decodings of z_i from fresh noise (§3).")
     here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
-    add("picture", help="any picture; it is cropped to a square")
-    add("--caption", default="", help="of the picture (default: none, z_i alone)")
-    add("--weights", type=Path, default=here, help="folder of clip.pt and decoder.pt")
-    add("--steps", type=int, default=50, help="each way (default 50)")
+    add("picture", help="any picture; cropped to a square")
+    add("--caption", default="", help="of the picture")
+    add("--weights", type=Path, default=here, help="with clip.pt, decoder.pt")
+    add("--steps", type=int, default=50, help="each way")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", type=Path, default=Path("decoder.png"), help="the strip's file")
+    add("--out", type=Path, default=Path("decoder.png"), help="the strip")
     args = parser.parse_args()
     import clip_embed as ce
     from weights.checkpoints import fingerprint, load_model, read_checkpoint
@@ -536,7 +531,8 @@ def main():
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
         noise = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
         x_T = invert(model, x_0, z_i, text, noise[:1], args.steps, bar=True)
-        again = sample(model, z_i, text, null, None, 1, args.steps, 0, x_T, clamp=False, bar=True)
+        again = sample(model, z_i, text, null, None, guidance_scale=1, steps=args.steps, eta=0,
+                       x_T=x_T, clamp=False, bar=True)
         thrice = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
         fresh = sample(model, z_i.repeat(3, 1), thrice, null, noise, steps=args.steps, bar=True)
         ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)

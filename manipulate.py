@@ -38,8 +38,6 @@ from weights.latents import load_latent, save_latent
 from weights.stack import SHIPPED, SIZES, load_stack
 
 
-# ------------------------------ picture → (z_i, x_T) → picture
-
 def load_picture(stack, path):
     """A picture file's middle square: (1, 3, S, S) in [-1, 1]. Raises UserError."""
     side = max(stack["clip"].config.image_size, stack["decoder"].config.image_size)
@@ -95,8 +93,6 @@ def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False, g
         x_T[part].to(device), clamp=False, bar=bar))
     return images.unflatten(0, (B, n))
 
-
-# ------------------------------ the manipulations
 
 def slerp(a, b, theta):
     """Spherical interpolation from a (theta 0) to b (theta 1), row by row of (B, …) (§3.2, fig. 4).
@@ -198,8 +194,6 @@ def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", step
     return decode(stack, torch.stack(z_k, 1), x_T, captions, 0, steps, bar=bar)
 
 
-# ------------------------------ files
-
 def read_latents(stack, paths, caption, steps, seed):
     """([(z_i, x_T) of each], caption, steps) of pictures, which are inverted, and latent files.
 
@@ -270,8 +264,6 @@ def save_all(rows, name, out, gif):
         frames[0][1].save(paths[-1], save_all=True, append_images=others, duration=150, loop=0)
     print(*paths, sep="\n")
 
-
-# ------------------------------ the command line
 
 def parse_arguments():
     parser = argparse.ArgumentParser(

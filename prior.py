@@ -61,8 +61,6 @@ PRESETS = {
 }
 
 
-# ------------------------------ the diffusion prior: noise
-
 @lru_cache
 def cosine_schedule(T=1000):
     """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17)."""
@@ -99,8 +97,6 @@ def scale(d):
     """
     return 17.2 * math.sqrt(d / 1024)
 
-
-# ------------------------------ its network
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -179,20 +175,19 @@ class DiffusionPrior(nn.Module):
     def forward(self, z_i_t, t, text, cache=None):
         """z_i_t (B, d) noised, t (B,), text of B captions → the estimate of z_i (B, d).
 
-        cache: a list, empty at first, of keys and values before t, which see neither t nor z_i.
+        cache: [], which the first call fills with the keys and values of caption and z_t. Those see
+        neither t nor z_i_t (the mask is causal), so later calls with this text reuse them.
         """
         x, mask = self.sequence(z_i_t, t, text)
-        if cache:
+        if cache:  # timestep, z_i_t and final token alone are new
             x, mask = x[:, -3:], mask[:, :, -3:]
-        kept = [list(pair) for pair in cache or [[]] * self.config.layers]
-        for block, pair in zip(self.blocks, kept):
+        pairs = [list(pair) for pair in cache] if cache else [[] for _ in self.blocks]
+        for block, pair in zip(self.blocks, pairs):
             x = block(x, mask, pair)
         if cache is not None:
-            cache[:] = [(k[:, :-3], v[:, :-3]) for k, v in kept]
+            cache[:] = [(k[:, :-3], v[:, :-3]) for k, v in pairs]
         return self.out(self.ln_out(x[:, -1])).float()
 
-
-# ------------------------------ its training and its sampler
 
 def drop_text(text, null, drop):
     """Put the null caption (one row) in the place of those where drop (B,) is True (§2.1, §2.2)."""
@@ -208,8 +203,8 @@ def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
     """E‖f(z_i^(t), t, y) − z_i‖² per coordinate, the caption dropped 10% of the time (§2.2, eq. 2).
 
     z_i (B, d) unit-norm; text of B captions, null of the empty one; generators: one torch.Generator
-    a row. Not in the paper: the mean over `draws` pairs (t, noise) of each caption. They share the
-    places before t, so four cost little more than one.
+    a row. Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of
+    caption and z_t, so four draws cost little more than one.
     """
     alphas_cumprod, cache, total = cosine_schedule(), [], 0
     drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < drop_caption
@@ -222,15 +217,16 @@ def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
     return total / draws
 
 
-def ladder(steps, top):
-    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
+def ladder(steps, top, power=1.0):
+    """`steps` timesteps from 0 to `top`, ascending; one step is [top] (§2.1; Improved DDPM §4).
 
-    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
+    Evenly spaced with power 1. Not in the paper: below 1 they are denser near `top`, above 1 near
+    0, and equal ones are left out. Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    rungs = torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist()
-    return rungs if steps > 1 else [top]
+    shares = torch.linspace(0, 1, steps, dtype=torch.float64) ** power
+    return (top * shares).round().long().unique().tolist() if steps > 1 else [top]
 
 
 @torch.no_grad()
@@ -264,13 +260,13 @@ def guided(f, x, text, null, guidance_scale):
 @torch.no_grad()
 def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2,
            variance="analytic", bar=False):
-    """z_i (B, d), unit-norm, for B captions (§2.2, table 3).
+    """z_i (B, d) for B captions: unit-norm, or of CLIP's norm (unit_norm False) (§2.2, table 3).
 
-    Of `candidates` for each, the one with the largest dot product with z_t. generators: one
-    torch.Generator a caption; guidance and steps are the config's if None. Each step draws from
-    q(x_s|x_t, x_0) with x̂_0 for x_0, and divides by no √ᾱ, so the ladder starts at the very top.
-    variance: "fixed-small" is β̃; "analytic" adds x̂_0's own error, the best single number at any
-    stride: β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d (Analytic-DPM, for an x_0-predictor).
+    Draws `candidates` a caption and keeps the one with the largest dot product with z_t.
+    generators: one torch.Generator a caption. guidance_scale, steps: None for the config's. Each
+    step draws x_s from q(x_s|x_t, x̂_0), which divides by no √ᾱ_t: so the first t can be 999.
+    variance: "fixed-small" is β̃. "analytic" is the best variance that all coordinates share:
+    β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d (Analytic-DPM, for an x_0-predictor).
     """
     c, (B, d), alphas_cumprod, cache = model.config, text["z_t"].shape, cosine_schedule(), []
     guidance_scale = c.guidance if guidance_scale is None else guidance_scale
@@ -295,8 +291,6 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
     best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
 
-
-# ------------------------------ the autoregressive prior: z_i as codes
 
 @dataclass
 class ARConfig:
@@ -344,10 +338,10 @@ def pca(batches):
 
 
 def quantile_buckets(values, buckets):
-    """Edges (…, buckets − 1) and medians (…, buckets) of equally full buckets of values (…, n).
+    """Edges (…, buckets − 1) and centres (…, buckets) of equally full buckets of values (…, n).
 
-    A bucket's number is then a rank, which means the same in each dimension. Of equally wide
-    buckets most of 1024 would go to the tails (§2.2).
+    Not in the paper, which names no kind of bucket (§2.2). A code is then a rank, with one meaning
+    in all components. Of 1024 equally wide buckets most would cover the tails and be empty.
     """
     values, n = values.sort().values, values.shape[-1]
     shares = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets)
@@ -364,7 +358,7 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     Raises ValueError as pca does, and for too few buckets.
     """
     mean, components, variances = pca(z_i.split(8192))
-    some = z_i[::-(-len(z_i) // 131072)].cpu().double()
+    some = z_i[::math.ceil(len(z_i) / 131072)].cpu().double()  # at most 131,072 rows
     values = ((some - mean) @ components.T).T.contiguous()  # (d, n)
     edges, centres = quantile_buckets(values, buckets)
     blurred = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
@@ -377,10 +371,10 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     return {"mean": mean.float(), **{k: v.float() for k, v in codes.items()}}
 
 
-def cosines(buckets, width):
-    """(buckets, width) cosines and sines of each bucket's rank, half a wave to 64 waves long."""
-    waves = 128 ** torch.linspace(0, 1, (width + 1) // 2)
-    angle = math.pi * (torch.arange(buckets)[:, None] + 0.5) / buckets * waves
+def rank_embedding(buckets, width):
+    """(buckets, width): cosines and sines of a bucket's rank, 1/2 to 64 waves over all buckets."""
+    half_waves = 128 ** torch.linspace(0, 1, (width + 1) // 2)
+    angle = math.pi * (torch.arange(buckets)[:, None] + 0.5) / buckets * half_waves
     return torch.cat([angle.cos(), angle.sin()], 1)[:, :width]
 
 
@@ -400,7 +394,7 @@ class ARPrior(nn.Module):
         self.text_in = nn.Linear(c.clip_text_width, c.width)
         self.z_t_in = nn.Linear(c.embed_dim, c.width)
         self.text_kv = nn.ModuleList(nn.Linear(c.width, 2 * c.width) for _ in range(c.layers))
-        self.buckets = nn.Parameter(cosines(c.buckets, c.width))
+        self.buckets = nn.Parameter(rank_embedding(c.buckets, c.width))
         self.place_scale = nn.Parameter(torch.randn(c.components, c.width))
         self.positional_embedding = nn.Parameter(torch.randn(c.components + 1, c.width) * 0.02)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
@@ -428,15 +422,16 @@ class ARPrior(nn.Module):
     def forward(self, tokens, text, cache=None):
         """Logits (B, n, buckets) of the code after each of tokens (B, n): z_i·z_t's bucket, codes.
 
-        cache: a list, empty at first, of each block's keys and values; tokens are new ones only.
+        cache: [], filled with each block's keys and values; later calls give the new tokens alone.
         """
-        cache, (B, L) = [] if cache is None else cache, text["mask"].shape
+        B, L = text["mask"].shape
+        cache = [] if cache is None else cache
         if not cache:
             states = self.text_in(text["states"])
             cache += [list(kv(states).chunk(2, -1)) for kv in self.text_kv]
-        # z_t has place 0, the dot product 1, code k has k + 1; `begun` places are in the cache
+        # z_t has place 0, the dot product 1, code k has k + 1; the cache holds `begun` places
         begun = cache[0][0].shape[1] - L
-        first = max(1, begun) - 1
+        first = max(1, begun) - 1  # row of place_scale for the first token; z_t has no row
         x = F.embedding(tokens, self.buckets) * self.place_scale[first:first + tokens.shape[1]]
         if not begun:
             z_t = self.z_t_in(text["z_t"] * math.sqrt(self.config.embed_dim))
@@ -469,10 +464,11 @@ def ar_loss(model, z_i, text, null, generators, drop_caption=0.1):
 @torch.no_grad()
 def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.0,
                percentile=50.0, bar=False):
-    """Codes (B, K) for B captions, a token a step (§2.2).
+    """Codes (B, K) for B captions, one after the other (§2.2).
 
-    generators: one torch.Generator a caption. percentile: z_i·z_t is drawn from the part of the
-    training distribution above it. Guidance is on the logits. Raises ValueError.
+    generators: one torch.Generator a caption. The bucket of z_i·z_t is drawn from the training
+    distribution above `percentile` (50: its top half). Guidance and temperature act on the logits.
+    Raises ValueError for a percentile outside [0, 100] or a temperature ≤ 0.
     """
     if not 0 <= percentile <= 100 or not temperature > 0:
         raise ValueError(f"percentile {percentile} must be between 0 and 100, "
@@ -496,8 +492,6 @@ def ar_sample(model, text, null, generators, guidance_scale=1.0, **options):
     """z_i (B, d), unit-norm, of B captions: draw_codes with the same options, decoded (§2.2)."""
     return model.decode(draw_codes(model, text, null, generators, guidance_scale, **options))
 
-
-# ------------------------------ both, compared
 
 def print_cosines(title, z_i, z_t):
     """Print the cosine of each of z_i (n, d) with z_t (d,) and with the others, and their means."""

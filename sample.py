@@ -43,13 +43,14 @@ STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
 
 
-# ------------------------------ the chain: drawing
+def seeded(*numbers):
+    """A torch.Generator seeded by numbers, which numpy mixes: on the CPU it reads only 32 bits."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
 
 def generators(stage, seed, pictures, candidate=0):
     """One torch.Generator for each picture number, seeded by seed + number, stage and candidate."""
-    # numpy mixes the seeds: torch's generator on the CPU reads only 32 bits of its seed
-    seeds = [np.random.SeedSequence([STAGE_NUMBER[stage], candidate, seed + k]) for k in pictures]
-    return [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+    return [seeded(STAGE_NUMBER[stage], candidate, seed + k) for k in pictures]
 
 
 def rows(text, pictures):
@@ -133,8 +134,6 @@ class Chain:
         return images
 
 
-# ------------------------------ the chain: choosing
-
 @torch.no_grad()
 def surprise(model, z_i, text, steps=32):
     """How badly a diffusion prior restores each z_i (B, d) from noise, given its caption: (B,).
@@ -208,8 +207,6 @@ def generate(stack, captions, seed=0, size=64, candidates=None, seconds=None, **
         images = choose(chain, images, candidates)
     return chain.enlarge(images, size)
 
-
-# ------------------------------ captions in, pictures out
 
 def gather_captions(arguments, file):
     """The captions given as arguments and those in a file, one a line. Raises UserError."""

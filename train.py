@@ -1,14 +1,14 @@
 """Train every stage of unCLIP on captioned pictures (appendix C).
 
-In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all in this order
-Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png (a sample sheet)
+In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all
+Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
-Each stage's loss stands in the stage's own file. Here stand the recipes, the conditions that each
-loss is given, and one loop for all: AdamW and a running average of the weights (EMA), the result.
+Each stage's loss stands in its own file. Here stand the recipes, the conditions that each loss is
+given, and one loop for all: AdamW and a running average of the weights (EMA), the result.
 The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
 
 Row n of step k draws its scene, caption, timestep and noise from random numbers seeded by
-(--seed, k, n) alone. So `--resume` is exact, in any number of processes or pieces of a batch.
+(--seed, k, n) alone. So `--resume` is exact. Processes and pieces of a batch change only dropout.
 
     python train.py all --preset shapes
     python train.py all --preset laptop --dry-run    # memory and hours
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -50,15 +51,13 @@ from data.processes import (asked_to_stop, attention_kernel, first_before_others
                             ignore_stops, join_processes, machine_memory, mean_of_ranks,
                             only_first_prints, ranks)
 from data.shapes import ShapeBatches
-from sample import generators, grid
+from sample import generators, grid, seeded
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
                                  save_atomically, training_state)
 
 VALIDATION = 8   # held-out batches
 EXPLODED = 1000  # a loss so many times the last row's mean stops the training
 
-
-# ------------------------------ recipes
 
 @dataclass
 class Recipe:
@@ -71,20 +70,23 @@ class Recipe:
     eps: float = 1e-8
     ema_decay: float = 0.9999
     warmup: int = 500          # steps in which the learning rate rises
-    at_once: int = 1 << 20     # rows a piece; the pieces' gradients are added up
-    recompute: bool = False    # clip: keep only each block's input for the backward pass
-    near: tuple = (0.0, 0.0)   # clip: shares of the steps between which near misses stand alone
-    scale: float = 100.0       # clip: the most that its loss multiplies cosines by
+    at_once: int = 1 << 20     # rows a piece (gradient accumulation); not for clip
+    recompute: bool = False    # clip: gradient checkpointing of each block
+    loss: dict = field(default_factory=dict)  # options of the stage's loss function
+    near: tuple = (0.0, 0.0)   # clip: from, to, shares of the steps; compares near misses alone
+    scale: float = 100.0       # clip: upper limit of the inverse temperature
 
 
-RECIPES = {
+# Not in the paper: z_i holds all that a caption says, so only rows without z_i teach the caption
+HEARD = {"drop_z_i": 0.3, "drop_caption": 0.3, "time_power": 0.5}
+RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, warm-up; the rest by name
     "shapes": {
         "clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75), scale=15.0),
-        "prior": Recipe(128, 2400, 5e-4, 0.06, 0.96, 1e-6, 0.999),
-        "ar-prior": Recipe(64, 4000, 1e-3, 0.04, 0.91, 1e-10, 0.999, 100),
-        "decoder": Recipe(16, 34000, 6e-4, ema_decay=0.999),
-        "upsample-256": Recipe(16, 4500, 5e-4, ema_decay=0.999),
-        "upsample-1024": Recipe(16, 1200, 5e-4, ema_decay=0.999)},
+        "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
+        "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
+        "decoder": Recipe(256, 10500, 1e-3, ema_decay=0.9995, loss=HEARD),
+        "upsample-256": Recipe(64, 12000, 1e-3, ema_decay=0.999, loss={"time_power": 2}),
+        "upsample-1024": Recipe(16, 8000, 1e-3, ema_decay=0.999, loss={"time_power": 3})},
     "laptop": {
         "clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),
         "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6, at_once=128),
@@ -102,11 +104,9 @@ RECIPES = {
 }
 
 
-# ------------------------------ each stage's loss, and the conditions that it is given
-
 @dataclass
 class Context:
-    """What a stage's loss and sample sheet need beside network and batch."""
+    """All that a stage's loss and sheet need beside network and batch."""
     batches: Callable          # (stage, batch_size, seed, config, …) → Dataset of batches
     picture: Callable          # (number, side) → a Pillow picture of the training set
     device: torch.device
@@ -141,7 +141,8 @@ def prior_batch_loss(model, batch, context, generators, loss=prior.prior_loss):
     """A prior's loss of a batch of (numbers of pictures, captions) (§2.2)."""
     numbers, captions = batch
     text, null = context.frozen.encode_texts(captions)
-    return loss(model, context.frozen.z_i_of(numbers), text, null, generators)
+    z_i = context.frozen.z_i_of(numbers)
+    return loss(model, z_i, text, null, generators, **context.recipe.loss)
 
 
 def decoder_batch_loss(model, batch, context, generators):
@@ -152,7 +153,8 @@ def decoder_batch_loss(model, batch, context, generators):
     text, null = context.frozen.encode_texts(batch[1])
     z_i = z_i_of_batch(batch, text, context)
     dropped = {"drop_z_i": 1, "drop_caption": 0.2} if context.given == "caption" else {}
-    return decoder.decoder_loss(model, batch[0], z_i, text, null, generators, **dropped)
+    options = context.recipe.loss | dropped
+    return decoder.decoder_loss(model, batch[0], z_i, text, null, generators, **options)
 
 
 def z_i_of_batch(batch, text, context):
@@ -167,29 +169,25 @@ def z_i_of_batch(batch, text, context):
 def upsampler_batch_loss(model, batch, context, generators):
     """An upsampler's loss of a batch of (high, low) crops (§2.1)."""
     high, low = batch
-    return upsample.upsampler_loss(model, high, low, generators)
+    return upsample.upsampler_loss(model, high, low, generators, **context.recipe.loss)
 
-
-# ------------------------------ one step: learning rate, noise by row, gradients, EMA
 
 def learning_rate(step, recipe):
-    """Linear warm-up, then half a cosine to zero (the paper names only the peak)."""
-    ramp = min(1, (step + 1) / recipe.warmup)
-    return recipe.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    """Up in `warmup` steps, down to zero in the last quarter (the paper names only the peak)."""
+    up, down = (step + 1) / recipe.warmup, 4 * (1 - step / recipe.steps)
+    return recipe.learning_rate * min(1, up, down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
     """Move the averaged weights towards the model's (table 3); faster at first."""
     decay = min(decay, (1 + step) / (10 + step))  # or the initial weights would linger
-    for slow, fast in zip(ema.parameters(), model.parameters()):
-        slow.lerp_(fast, 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
 
 def row_generators(seed, step, rows, held_out=False):
-    """One torch.Generator for each row of a step's batch, seeded by (seed, step, row) alone."""
-    seeds = [np.random.SeedSequence([seed, step, row, 2 * held_out + 1]) for row in rows]
-    return [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+    """A torch.Generator a row, of (seed, step, row) alone; its numbers are not its scene's."""
+    return [seeded(seed, step, row, 2 * held_out + 1) for row in rows]
 
 
 class Loss(torch.nn.Module):
@@ -210,14 +208,14 @@ class Loss(torch.nn.Module):
 
 
 def add_gradients(loss, batch, step, context, held_out=False):
-    """The mean loss of this process's rows of a batch; gradients are added up piece by piece."""
+    """The mean loss of this process's rows; adds its gradients piece by piece, if they are on."""
     (rank, world), recipe = ranks(), context.recipe
     batch, total, rows = to_device(batch, context.device), 0, recipe.batch_size // world
     for first in range(0, rows, recipe.at_once):
         last = min(first + recipe.at_once, rows)
         waits = last < rows and isinstance(loss, DistributedDataParallel)
-        share = loss.no_sync() if waits else contextlib.nullcontext()  # share with the last piece
-        with share, attention_kernel(context.device, context.low):
+        sync = loss.no_sync() if waits else contextlib.nullcontext()  # once, with the last piece
+        with sync, attention_kernel(context.device, context.low):
             numbers = range(rank * rows + first, rank * rows + last)
             value = loss(tuple(part[first:last] for part in batch), step, numbers, held_out)
             value = value * ((last - first) / rows)
@@ -232,8 +230,6 @@ def to_device(batch, device):
     pixels = [getattr(part, "dtype", None) == torch.uint8 for part in batch]
     return tuple(to_floats(x.to(device)) if p else x for x, p in zip(batch, pixels))
 
-
-# ------------------------------ the loop
 
 @dataclass
 class Run:
@@ -257,7 +253,8 @@ class Run:
 def train(stage, args, device):
     """Train one stage from its start, or from its checkpoint with --resume. Raises UserError.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt after the step is saved.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt after the step is saved. Gradients are clipped to a
+    norm of 1 (not in the paper).
     """
     path = args.out / f"{stage}.pt"
     run = begin(stage, args, device, path)
@@ -308,7 +305,7 @@ def begin(stage, args, device, path):
     saved, context = read_checkpoint(path, stage), run.context
     state = training_state(saved, context.config, context.extra | {"seed": args.seed}, path)
     run.model.load_state_dict(state["model"])
-    run.ema.load_state_dict(saved["model"])
+    run.ema.load_state_dict(saved["model"])  # the averaged weights are what others load
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.rows, run.recent = state["step"], state["rows"], state["recent"]
     return run
@@ -320,10 +317,10 @@ def build(stage, context, init=None):
     torch.manual_seed(context.seed)
     model = network(config).to(context.device, memory_format=torch.channels_last)
     if init:
-        given = load_model(network, type(config), read_checkpoint(init, stage), init)
-        if not same_sizes(asdict(given.config), asdict(config)):
+        other = load_model(network, type(config), read_checkpoint(init, stage), init)
+        if not same_sizes(asdict(other.config), asdict(config)):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
-        model.load_state_dict(given.state_dict())
+        model.load_state_dict(other.state_dict())
     model.load_state_dict(context.codes, strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules():
@@ -335,7 +332,8 @@ def build(stage, context, init=None):
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     betas = 0.9, recipe.beta2
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.eps)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.eps,
+                                  fused=context.device.type != "mps")
     loss = Loss(model, STAGES[stage].loss, context)
     if ranks()[1] > 1:
         loss = DistributedDataParallel(loss)
@@ -383,12 +381,10 @@ def report(run, batch, path):
     sheet.save(path.with_name(f"{run.stage}-samples.png"))
 
 
-# ------------------------------ before the loop: data, the frozen CLIP, configs
-
 def prepare(stage, args, device):
-    """The Context of a stage. Raises UserError."""
-    given = ("batch_size", "steps", "learning_rate")
-    changes = {k: v for k, v in vars(args).items() if k in given and v}
+    """A stage's Context. Raises UserError."""
+    names = ("batch_size", "steps", "learning_rate")
+    changes = {k: v for k, v in vars(args).items() if k in names and v}
     if args.data:
         changes["near"] = (0.0, 0.0)  # a folder has no near misses
     recipe = replace(RECIPES[args.preset][stage], **changes)
@@ -407,9 +403,9 @@ def prepare(stage, args, device):
 
 
 def prepare_clip(context, args):
-    """A tokenizer, its merges learned from two thousand captions, and a config."""
+    """A tokenizer, its merges learned from 2,000 captions, and a config."""
     captions = args.data.captions if args.data else shapes.corpus()
-    merges = clip_embed.learn_bpe(captions[::-(-len(captions) // 2000)])
+    merges = clip_embed.learn_bpe(captions[::math.ceil(len(captions) / 2000)])
     context.tokenizer = clip_embed.Tokenizer(merges)
     context.config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(context.tokenizer))
     context.extra["merges"] = [" ".join(pair) for pair in merges]
@@ -458,7 +454,7 @@ def prepare_ar_prior(context, args):
 
 
 def captioned(context, count):
-    """(z_i, text) of `count` times 256 pictures and fresh captions, for measurements."""
+    """(z_i, text) of `count` batches of 256. Training never reaches batch 1 << 41."""
     batches = context.batches("prior", 256, context.seed, None)
     for numbers, captions in (batches[(1 << 41) + k] for k in range(count)):
         yield context.frozen.z_i_of(numbers), context.frozen.encode_texts(captions)[0]
@@ -474,15 +470,13 @@ def prepare_decoder(context, args):
 
 
 def prepare_upsampler(context, args, size):
-    """The config; pictures that are large enough, held-out ones first. Raises TooFew."""
+    """The config; two large pictures for the sheet. Raises TooFew."""
     context.config = upsample.PRESETS[args.preset][size]
     if args.data:
         args.data.check_count(size, context.recipe.batch_size)
         rows = args.data.rows
         context.shown = [*rows("validation", size), *rows("train", size)][:2]
 
-
-# ------------------------------ sample sheets
 
 def clip_sheet(model, batch, context):
     """Eight pictures, and their cosines with eight captions as greys from 0 to 1."""
@@ -494,7 +488,7 @@ def clip_sheet(model, batch, context):
 
 
 def prior_sheet(model, batch, context, sample=prior.sample):
-    """Eight pictures; below each, the nearest to three z_i drawn for its caption."""
+    """Eight pictures; below each, those nearest to three z_i drawn for its caption."""
     numbers, captions = batch[0][:8].tolist(), batch[1][:8]
     text, null = context.frozen.encode_texts(captions)
     known = context.frozen.z_i_of(slice(shapes.FIXED_SCENES))
@@ -515,7 +509,7 @@ def decoder_sheet(model, batch, context):
 
 
 def upsampler_sheet(model, batch, context):
-    """Two whole pictures: the enlarged condition, the upsampler's picture, the truth."""
+    """Two pictures: the enlarged condition, the upsampler's, the truth."""
     size, images = model.config.image_size, []
     for n in context.shown:
         truth = context.picture(n, size)
@@ -548,10 +542,8 @@ STAGES = {
 }
 
 
-# ------------------------------ the command line
-
 def dry_run(stage, args, device):
-    """Print a stage's parameters, memory (the backward pass aside), speed here, and hours."""
+    """Print a stage's parameters, memory (no activations), speed here, and hours."""
     context = prepare(stage, args, device)
     steps, size = context.recipe.steps, context.recipe.batch_size
     with torch.device("meta"):
@@ -566,7 +558,7 @@ def dry_run(stage, args, device):
 
 
 def images_a_second(stage, context):
-    """The speed of a training step: a piece of a batch drawn and trained on, and the update."""
+    """The speed of a training step with a piece of a batch."""
     rows = min(context.recipe.at_once, context.recipe.batch_size)
     run = build(stage, replace(context, recipe=replace(context.recipe, batch_size=rows)))
     began = time.perf_counter()
@@ -580,9 +572,9 @@ def images_a_second(stage, context):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Train unCLIP on the built-in world of shapes, or on --data. Priors and "
-        "decoder need the CLIP of the same --out folder, or --clip.",
+        "decoder need the CLIP of --out, or --clip.",
         epilog="A stopped run goes on with --resume. Several GPUs: torchrun --nproc-per-node N "
-        "train.py …, with the same options.")
+        "train.py …")
     add = parser.add_argument
     add("stage", choices=["all", *STAGES, "export"], help="one stage; all in order; or export: "
         "copy a finished run in half precision from --out runs/NAME to weights/NAME")
@@ -590,22 +582,22 @@ def parse_arguments():
         "for CPUs; laptop: a laptop's GPU; paper: table 3)")
     add("--data", metavar="FOLDER", help="train on these pictures (docs/training.md: layouts)")
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
-    add("--clip", metavar="PATH", help="train prior and decoder on this CLIP, anyone's")
-    add("--bpe", metavar="PATH", help="the merges file of --clip, if none lies beside it")
-    add("--steps", type=int, help="training steps in all (default: the recipe's)")
-    add("--batch-size", type=int, help="of all processes together (default: the recipe's)")
-    add("--learning-rate", type=float, help="its peak (default: the recipe's)")
+    add("--clip", metavar="PATH", help="the CLIP to train on, anyone's")
+    add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
+    add("--steps", type=int, help="training steps in all (default of the three: the recipe's)")
+    add("--batch-size", type=int, help="of all processes together")
+    add("--learning-rate", type=float, help="its peak")
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "
         "beside the caption (default z_i; z_t: §5.1; caption: none, GLIDE)")
     add("--seed", type=int, default=0)
     add("--init", type=Path, metavar="CHECKPOINT", help="start one stage from these weights")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
-    add("--dry-run", action="store_true", help="only print parameters, memory, speed and hours")
+    add("--dry-run", action="store_true", help="print parameters, memory, speed and hours")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
         help="auto: bfloat16 on cuda; it also suits CPUs with avx512_bf16 or amx_bf16")
-    add("--workers", type=int, default=1, help="processes that draw pictures (default 1)")
-    add("--log-every", type=int, default=50, help="steps between rows of the CSV (default 50)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default 500)")
+    add("--workers", type=int, default=1, help="processes that draw pictures (1)")
+    add("--log-every", type=int, default=50, help="steps between rows of the CSV (50)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     args.out = args.out or Path("runs") / args.preset
@@ -621,6 +613,7 @@ def main():
     with one_line_errors():
         args = parse_arguments()
         device = join_processes(pick_device(args.device))
+        torch.backends.cudnn.benchmark = True  # sizes stay: find the fastest kernels
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.out.resolve().name, stages)
@@ -628,9 +621,10 @@ def main():
         if args.data:
             with first_before_others(), only_first_prints():
                 args.data = gather(args.data, args.out, args.workers, few=not args.init)
+        run = dry_run if args.dry_run else train
         for stage in stages if args.stage == "all" else [args.stage]:
             try:
-                (dry_run if args.dry_run else train)(stage, args, device)
+                run(stage, args, device)
             except TooFew as error:
                 if args.stage != "all":
                     raise

@@ -39,6 +39,7 @@ class UpsamplerConfig:
     schedule: str = "cosine"       # or "linear"
     degradation: str = "blur"      # or "bsr"
     steps: int = 27                # DDIM steps
+    ladder_power: float = 1.0      # their spacing (ladder)
     crop: float = 0.25             # side of a training crop, as a share of the picture's
     patch_size: int = 1
     channels: int = 320
@@ -71,8 +72,6 @@ PRESETS = {
 }
 
 
-# ------------------------------ Gaussian diffusion
-
 @lru_cache
 def cosine_schedule(T=1000):
     """ᾱ_0 … ᾱ_{T-1}, float64 (T,), of the cosine schedule (table 3; Improved DDPM eq. 17)."""
@@ -88,6 +87,7 @@ def linear_schedule(T=1000):
 
 
 SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
+RESIDUAL = 0.05  # deviation of x_0 − condition in the world of shapes
 
 
 def at(values, t, x):
@@ -114,15 +114,24 @@ def ddim_step(x_0, eps, alpha_t, alpha_s, eta):
     return math.sqrt(alpha_s) * x_0 + math.sqrt(1 - alpha_s - deviation ** 2) * eps, deviation
 
 
-def eps_from_residual(x_t, residual, condition, alpha_t):
-    """ε of x̂_0 = condition + residual, for a network that predicts the residual.
+def noisy_residual(x_t, condition, alpha_t):
+    """(x_t/√ᾱ_t − condition, σ²): the residual x_0 − condition plus σ ε, σ² = (1−ᾱ_t)/ᾱ_t."""
+    return x_t / alpha_t.sqrt() - condition, 1 / alpha_t - 1
 
-    Not in the paper: networks that predict ε, trained for minutes, leave grain all over.
+
+def eps_from_residual(x_t, condition, output, alpha_t):
+    """ε of x̂_0 = condition + share · r + c_out · output, r being noisy_residual's (EDM eq. 7).
+
+    output (B, 4, H, W): its last channel is a, and share = v/(v + σ²) is Bayes' estimate of a
+    residual of variance v = RESIDUAL² exp(a) from r. Not in the paper: a small network cannot carry
+    the noise of every pixel to its output. With a, it decides where x_t is to be trusted.
     """
-    return (x_t - alpha_t.sqrt() * (condition + residual)) / (1 - alpha_t).sqrt()
+    r, variance = noisy_residual(x_t, condition, alpha_t)
+    share = torch.sigmoid(output[:, 3:] + math.log(RESIDUAL ** 2) - variance.log())
+    factor = (variance * RESIDUAL ** 2 / (variance + RESIDUAL ** 2)).sqrt()
+    x_0 = condition + share * r + factor * output[:, :3]
+    return (x_t - alpha_t.sqrt() * x_0) / (1 - alpha_t).sqrt()
 
-
-# ------------------------------ the U-Net (ADM, convolutions only)
 
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
@@ -198,7 +207,8 @@ class Upsampler(nn.Module):
                     blocks.append(res(width, width, resample="up"))
                 self.up.append(nn.ModuleList(blocks))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
-        self.conv_out = zero(nn.Conv2d(width, 3 * c.patch_size ** 2, 3, padding=1))
+        channels = (4 if c.prediction == "residual" else 3) * c.patch_size ** 2
+        self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
         if c.last:
             self.last = Upsampler(replace(c, last=False))
 
@@ -208,7 +218,11 @@ class Upsampler(nn.Module):
         emb = self.time_embed(timestep_embedding(t, c.channels))
         condition = F.interpolate(low, x_t.shape[-2:], mode=c.enlarge,
                                   antialias=c.enlarge == "bicubic")  # (B, 3, H, W)
-        h = self.conv_in(F.pixel_unshuffle(torch.cat([x_t, condition], 1), c.patch_size))
+        alpha_t, x = at(SCHEDULES[c.schedule](), t, x_t), x_t
+        if c.prediction == "residual":
+            r, variance = noisy_residual(x_t, condition, alpha_t)
+            x = r / (variance + RESIDUAL ** 2).sqrt()
+        h = self.conv_in(F.pixel_unshuffle(torch.cat([x, condition], 1), c.patch_size))
         skips = [h]
         for block in self.down:
             h = block(h, emb)
@@ -219,13 +233,11 @@ class Upsampler(nn.Module):
             h = torch.cat([h, skips.pop()], 1)
             for block in blocks:
                 h = block(h, emb)
-        eps = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))).float(), c.patch_size)
+        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))).float(), c.patch_size)
         if c.prediction == "residual":
-            eps = eps_from_residual(x_t, eps, condition, at(SCHEDULES[c.schedule](), t, x_t))
-        return eps
+            out = eps_from_residual(x_t, condition, out, alpha_t)
+        return out
 
-
-# ------------------------------ training: damaged conditions, crops
 
 def gaussian_blur(images, sigma=0.6):
     """Blur (B, C, H, W) by a 3×3 Gaussian kernel, its borders mirrored (§2.1; appendix C)."""
@@ -299,32 +311,33 @@ def randn(generators, shape, device):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
-def upsampler_loss(model, high, low, generators):
+def upsampler_loss(model, high, low, generators, time_power=1.0):
     """E‖ε − ε(x_t, t, low)‖² of crops (§2.1; DDPM eq. 14).
 
     high (B, 3, H, W), low (B, 3, H/4, W/4) in [-1, 1]; generators: one torch.Generator a row.
+    t = 1000 u^time_power, u uniform: 1 is the paper's; above 1 low t come more often.
     """
     alphas_cumprod = SCHEDULES[model.config.schedule]()
-    t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(high.device)
+    u = torch.cat([torch.rand(1, generator=g) for g in generators]).to(high.device)
+    t = (1000 * u ** time_power).long()
     noise = randn(generators, high.shape, high.device)
     eps = model(q_sample(high, t, noise, alphas_cumprod), t, low)
     error = (eps - noise) ** 2
-    if model.config.prediction == "residual":
-        error = error * at(1 / alphas_cumprod - 1, t, eps)  # ‖Δε‖² (1−ᾱ)/ᾱ is ‖Δx_0‖²
+    if model.config.prediction == "residual":  # the squared error of its output
+        error = error * (1 + at(1 / alphas_cumprod - 1, t, eps) / RESIDUAL ** 2)
     return error.mean()
 
 
-# ------------------------------ sampling
+def ladder(steps, top, power=1.0):
+    """`steps` timesteps from 0 to `top`, ascending; one step is [top] (§2.1; Improved DDPM §4).
 
-def ladder(steps, top):
-    """`steps` timesteps evenly spaced from 0 to `top`, ascending; one step is [top].
-
-    (§2.1, §2.2; Improved DDPM §4.) Raises ValueError.
+    Evenly spaced with power 1. Not in the paper: below 1 they are denser near `top`, above 1 near
+    0, and equal ones are left out. Raises ValueError.
     """
     if not 1 <= steps <= top + 1:
         raise ValueError(f"steps must be between 1 and {top + 1}, not {steps}")
-    rungs = torch.linspace(0, top, steps, dtype=torch.float64).round().long().tolist()
-    return rungs if steps > 1 else [top]
+    shares = torch.linspace(0, 1, steps, dtype=torch.float64) ** power
+    return (top * shares).round().long().unique().tolist() if steps > 1 else [top]
 
 
 def top_step(alphas_cumprod, signal=0.015):
@@ -345,7 +358,7 @@ def sample(model, low, generators, steps=None, bar=False):
     size = low.shape[-1] * c.image_size // c.low_size
     exact = SCHEDULES[c.schedule]()
     alphas_cumprod = exact.float() if c.float32 else exact
-    rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal))
+    rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal), c.ladder_power)
     x = randn(generators, (len(low), 3, size, size), low.device)
     for n in tqdm(reversed(range(len(rungs))), f"upsample-{size}", len(rungs), disable=not bar):
         alpha_t = float(alphas_cumprod[rungs[n]])

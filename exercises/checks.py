@@ -406,6 +406,8 @@ def decoder_loss(run):
     expect(abs(float(t.mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984, "the timesteps are drawn evenly from all 1000")
     expect(abs(float(noise.mean())) < 0.05 and abs(float(noise.var()) - 1) < 0.06,
            "x_t is q_sample of x_0 with noise from N(0, 1)")
+    run(model, x_0, z_i, text, null, generators(B), time_power=0.5, given={"vlb_term": bound})
+    expect(abs(float(seen["t"].double().mean()) - 666.2) < 20, "the timestep is T u^time_power: with 0.5 two thirds of T on average")
     run(model, x_0, z_i, text, null, generators(B, 1), given={"vlb_term": bound})
     expect(not torch.equal(seen["t"].double(), t), "each row draws its timestep from its generators' numbers: from its generators, "
            "not torch's own")

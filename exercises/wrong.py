@@ -80,9 +80,10 @@ WRONG = {
          ("decoder_loss", "swaps the two shares", "10% of the time and the caption 50%", [
              ("drop[:, :1] < drop_z_i", "drop[:, :1] < drop_caption"), ("drop[:, 1] < drop_caption", "drop[:, 1] < drop_z_i")]),
          ("decoder_loss", "draws one timestep for all", "drawn evenly", [
-             ("torch.randint(T, (1,), generator=g)", "torch.randint(T, (1,), generator=generators[0].manual_seed(0))")]),
+             ("torch.rand((), generator=g)", "torch.rand((), generator=generators[0].manual_seed(0))")]),
+         ("decoder_loss", "draws all timesteps alike whatever time_power says", "two thirds of T", [("u ** time_power", "u")]),
          ("decoder_loss", "lets torch's own numbers decide", "from its generators", [
-             ("torch.randint(T, (1,), generator=g)", "torch.randint(T, (1,))")])],
+             ("torch.rand((), generator=g)", "torch.rand(())")])],
     11: [("ddim_step", "returns the variance", "that is the variance", [
             ("eta * math.sqrt((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))\n",
              "eta * ((1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s))\n")]),

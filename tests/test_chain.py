@@ -44,8 +44,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "FIXED_SCENES", 20)
     monkeypatch.setattr(train, "VALIDATION", 2)
     monkeypatch.setattr(shapes, "corpus", lambda: ["a red circle", "a small blue star"])
-    monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, 500, top])
-    monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, 500, top])
+    monkeypatch.setattr(decoder, "ladder", lambda steps, top, power: [0, 500, top])
+    monkeypatch.setattr(upsample, "ladder", lambda steps, top, power: [0, 500, top])
     return argparse.Namespace(preset="shapes", out=tmp_path / "runs", steps=None, batch_size=None, learning_rate=None, seed=3, resume=False,
                               init=None, data=None, clip=None, bpe=None, precision="float32", workers=0, log_every=3, save_every=2,
                               dry_run=False, given="z_i")
@@ -97,7 +97,8 @@ def test_a_run_is_not_overwritten_and_a_bad_loss_stops_it(tiny, monkeypatch):
         train.train("upsample-256", tiny, torch.device("cpu"))
     before = (tiny.out / "upsample-256.pt").read_bytes()
     tiny.resume, tiny.steps = True, 6
-    monkeypatch.setattr(upsample, "upsampler_loss", lambda model, high, low, generators: model(high, torch.zeros(len(high)), low).mean() * float("nan"))
+    monkeypatch.setattr(upsample, "upsampler_loss", lambda model, high, low, generators, **options: model(
+        high, torch.zeros(len(high), dtype=torch.long), low).mean() * float("nan"))
     with pytest.raises(UserError, match="loss at step 4 is nan"):
         train.train("upsample-256", tiny, torch.device("cpu"))
     assert (tiny.out / "upsample-256.pt").read_bytes() == before

@@ -350,7 +350,7 @@ def test_a_decoder_given_z_t_or_the_caption_alone_never_sees_the_pictures_z_i(gi
             z_i.append(given_z_i), dropped.append(text["mask"] == 0)
             return x_t, torch.zeros_like(x_t)
 
-    context = SimpleNamespace(frozen=frozen, given=given)
+    context = SimpleNamespace(frozen=frozen, given=given, recipe=SimpleNamespace(loss={}))
     batch = torch.zeros(200, 3, 8, 8), [""] * 200
     train.decoder_batch_loss(Net(), batch, context, train.row_generators(0, 0, range(200)))
     z_i, dropped = z_i[0], dropped[0].double().mean()

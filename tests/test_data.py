@@ -103,8 +103,8 @@ def tiny(monkeypatch):
     for module, config in TINY.items():
         monkeypatch.setitem(prior.AR_PRESETS if module == "ar-prior" else module.PRESETS, "shapes", config)
     monkeypatch.setitem(train.RECIPES, "shapes", {stage: train.Recipe(4, 2, 1e-3, ema_decay=0.9, warmup=2) for stage in train.STAGES})
-    monkeypatch.setattr(decoder, "ladder", lambda steps, top: [0, top])
-    monkeypatch.setattr(upsample, "ladder", lambda steps, top: [0, top])
+    monkeypatch.setattr(decoder, "ladder", lambda steps, top, power: [0, top])
+    monkeypatch.setattr(upsample, "ladder", lambda steps, top, power: [0, top])
 
 
 def run(script, monkeypatch, *arguments):

@@ -282,7 +282,46 @@ def test_velocity_and_residual_networks_hand_out_the_eps_they_mean():
     x_t, a = decoder.q_sample(x_0, t, eps, ALPHAS), decoder.at(ALPHAS, t, x_0)
     velocity = a.sqrt() * eps - (1 - a).sqrt() * x_0
     assert torch.allclose(decoder.eps_from_velocity(x_t, velocity, a), eps, atol=1e-4)
-    assert torch.allclose(upsample.eps_from_residual(x_t, x_0 - low, low, a), eps, atol=5e-3)
+    # a residual network that hands out nothing but what is missing to x_0
+    R, variance = upsample.RESIDUAL, 1 / a - 1
+    output = torch.randn(5, 4, 4, 4)
+    share = R ** 2 * output[:, 3:].exp() / (R ** 2 * output[:, 3:].exp() + variance)
+    output[:, :3] = (x_0 - low - share * (x_t / a.sqrt() - low)) / (variance * R ** 2 / (variance + R ** 2)).sqrt()
+    assert torch.allclose(upsample.eps_from_residual(x_t, low, output, a), eps, atol=5e-3)
+
+
+@pytest.mark.parametrize("log_variance", [-3.0, 0.0, 2.0])
+def test_a_residual_is_shrunk_as_bayes_rule_shrinks_it(log_variance):
+    """The posterior mean of a Gaussian residual given its noisy self, by numerical integration over its values."""
+    v = upsample.RESIDUAL ** 2 * math.exp(log_variance)
+    low, t = torch.zeros(6, 3, 1, 1).double(), torch.tensor([5, 40, 150, 400, 700, 950])
+    a = upsample.at(ALPHAS, t, low).double()
+    x_t = (a * v + 1 - a).sqrt() * torch.randn(6, 3, 1, 1).double()
+    output = torch.zeros(6, 4, 1, 1).double()
+    output[:, 3] = log_variance
+    x_0 = (x_t - (1 - a).sqrt() * upsample.eps_from_residual(x_t, low, output, a)) / a.sqrt()
+    d = torch.linspace(-12, 12, 40001).double() * v ** 0.5
+    log_p = -d ** 2 / (2 * v) - (x_t - a.sqrt() * d) ** 2 / (2 * (1 - a))
+    weight = (log_p - log_p.amax(-1, keepdim=True)).exp()
+    assert torch.allclose(x_0[..., 0], (weight * d).sum(-1) / weight.sum(-1), rtol=1e-4, atol=1e-7)
+
+
+def test_timesteps_come_as_often_as_time_power_says():
+    """t / T = u^p: the share of t below s is s^(1/p)."""
+    seen, n = [], 20_000
+    model = lambda x, t, *rest: (seen.append(t), torch.zeros_like(x))[1]
+    model.config = SimpleNamespace(schedule="linear", prediction="eps")
+    for power in (1.0, 3.0):
+        upsample.upsampler_loss(model, torch.zeros(n, 3, 1, 1), None, generators(n), time_power=power)
+        for s in (0.1, 0.5, 0.9):
+            assert float((seen[-1] < 1000 * s).float().mean()) == pytest.approx(s ** (1 / power), abs=0.012)
+
+
+def test_a_ladder_is_denser_where_its_power_says():
+    for power in (0.6, 1.0, 2.0):
+        rungs = decoder.ladder(10, 990, power)
+        assert rungs == [round(990 * (k / 9) ** power) for k in range(10)]
+    assert decoder.ladder(900, 990, 0.5)[-3:] == [988, 989, 990]  # equal rungs are left out
 
 
 def test_the_bound_trains_only_the_variance_and_weighs_a_thousandth_of_all_its_terms():
@@ -290,8 +329,8 @@ def test_the_bound_trains_only_the_variance_and_weighs_a_thousandth_of_all_its_t
     model = lambda x, t, z_i, text: (eps, v)
     model.config = SimpleNamespace(prediction="eps")
     x_0 = torch.rand(4, 3, 4, 4) * 2 - 1
-    t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators(4)])
-    noise = torch.stack([(torch.randint(1000, (1,), generator=g), torch.randn(3, 4, 4, generator=g))[1] for g in generators(4)])
+    t = torch.cat([(1000 * torch.rand(1, generator=g)).long() for g in generators(4)])
+    noise = torch.stack([(torch.rand(1, generator=g), torch.randn(3, 4, 4, generator=g))[1] for g in generators(4)])
     loss = decoder.decoder_loss(model, x_0, torch.zeros(4, 4), no_text(4), no_text(1), generators(4))
     simple = ((eps - noise) ** 2).mean()
     assert torch.allclose(torch.autograd.grad(loss, eps, retain_graph=True)[0], torch.autograd.grad(simple, eps)[0])

@@ -102,8 +102,9 @@ def test_the_whole_chain_from_one_generator_makes_the_public_library_s_picture(s
 def test_the_chain_s_defaults_are_the_library_s_and_its_largest_size_is_made(folder, tmp_path, monkeypatch, capsys):
     seen = {}
     for stage in (prior, decoder, upsample):
-        def spy(steps, top, stage=stage, ladder=stage.ladder):
+        def spy(steps, top, power=1.0, stage=stage, ladder=stage.ladder):
             seen[stage.__name__] = (steps, top)
+            assert power == 1
             return ladder(2, top)
         monkeypatch.setattr(stage, "ladder", spy)
     monkeypatch.setattr(sys, "argv", ["sample.py", "a party hat", "--weights", str(folder), "--out", str(tmp_path)])

@@ -140,7 +140,7 @@ def save_atomically(content, path):
 def same_sizes(saved, config):
     """Whether two configs, as dictionaries, describe one network; sampling's fields are left out."""
     differing = {k for k in saved | config if saved.get(k) != config.get(k)}
-    return differing <= {"guidance", "steps", "candidates", "enough"}
+    return differing <= {"guidance", "steps", "ladder_power", "candidates", "enough"}
 
 
 def training_state(checkpoint, config, settings, path):
