@@ -49,8 +49,8 @@ class DecoderConfig:
     steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
     ladder_power: float = 1.0        # their spacing (ladder)
     candidates: int = 1              # sample.py draws so many at most, and keeps the best
-    enough: float = 1.2              # it stops at one with sample.surprise below this
-    float32: bool = False            # of ᾱ in sampling alone (Karlo's library)
+    enough: float = 1.2              # it stops at a sample.surprise below this
+    float32: bool = False            # of ᾱ in sampling (Karlo's library)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
     z_i_tokens: int = 4              # context tokens of z_i
@@ -65,8 +65,9 @@ class DecoderConfig:
 PRESETS = {
     "shapes": DecoderConfig(
         patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-        dropout=0.0, coordinates=True, prediction="velocity", guidance=3.0, steps=10, candidates=8,
-        embed_dim=128, clip_text_width=128, text_layers=0, text_width=128),
+        dropout=0.0, coordinates=True, prediction="velocity", steps=10,
+        ladder_power=0.6, candidates=8, enough=3.0, embed_dim=128, clip_text_width=128,
+        text_layers=0, text_width=128),
     "laptop": DecoderConfig(channels=128, depth=2, embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
     "paper": DecoderConfig(steps=250),

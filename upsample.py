@@ -56,16 +56,17 @@ class UpsamplerConfig:
     last: bool = False             # a second network for the last step (Karlo)
 
 
-def second(**sizes):
+def second(steps=15, **sizes):
     """The 256→1024 stage's config: its own schedule, degradation and steps, with these sizes."""
-    return UpsamplerConfig(256, 1024, "linear", "bsr", 15, **sizes)
+    return UpsamplerConfig(256, 1024, "linear", "bsr", steps, **sizes)
 
 
 TOY = {"channels": 32, "depth": 1, "multiples": (1, 2, 2), "norm_groups": 8, "dropout": 0.0,
        "prediction": "residual"}
 DEEP = {"depth": 2, "multiples": (1, 1, 2, 2, 4, 4), "dropout": 0.0}
 PRESETS = {
-    "shapes": {256: UpsamplerConfig(patch_size=2, **TOY), 1024: second(patch_size=4, **TOY)},
+    "shapes": {256: UpsamplerConfig(patch_size=2, steps=8, **TOY),
+               1024: second(patch_size=4, steps=4, **TOY)},
     "laptop": {256: UpsamplerConfig(channels=96, depth=2),
                1024: second(channels=48, norm_groups=16, **DEEP)},
     "paper": {256: UpsamplerConfig(), 1024: second(channels=192, **DEEP)},
