@@ -50,7 +50,7 @@ class DecoderConfig:
     ladder_power: float = 1.0        # their spacing (ladder)
     candidates: int = 1              # sample.py draws so many at most, and keeps the best
     enough: float = 1.2              # it stops at a sample.surprise below this
-    float32: bool = False            # of ᾱ in sampling (Karlo's library)
+    float32: bool = False            # of ᾱ in sampling (Karlo)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
     z_i_tokens: int = 4              # context tokens of z_i
