@@ -84,7 +84,7 @@ RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, war
         "clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75), scale=15.0),
         "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
         "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
-        "decoder": Recipe(256, 10500, 1e-3, ema_decay=0.9995, loss=HEARD),
+        "decoder": Recipe(256, 10500, 1e-3, ema_decay=0.9995, at_once=64, loss=HEARD),
         "upsample-256": Recipe(64, 12000, 1e-3, ema_decay=0.999, loss={"time_power": 2}),
         "upsample-1024": Recipe(16, 8000, 1e-3, ema_decay=0.999, loss={"time_power": 3})},
     "laptop": {
@@ -584,7 +584,7 @@ def parse_arguments():
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
     add("--clip", metavar="PATH", help="the CLIP to train on, anyone's")
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-    add("--steps", type=int, help="training steps in all (default of the three: the recipe's)")
+    add("--steps", type=int, help="in all (default of the three: the recipe's)")
     add("--batch-size", type=int, help="of all processes together")
     add("--learning-rate", type=float, help="its peak")
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "

@@ -68,17 +68,16 @@ def test_shapes_and_their_colours_are_mostly_right():
     bound = [verdict["bound"] for _, verdict, _ in draw_and_score(sample.load_stack(), captions_of(32, seed=7), seed=7)]
     one, two = sum(bound[::2]), sum(bound[1::2])
     print(f"one thing {one} / 16, two things {two} / 16")
-    assert one >= 15 and two >= 10
+    assert one >= 15 and two >= 14
 
 
 @pytest.mark.slow
-def test_the_decoder_on_z_t_hears_captions_as_the_shipped_one_does_not():
-    stack, captions = sample.load_stack(prior_kind="none"), captions_of(64, seed=7)
-    z_t = draw(stack, captions, 7, "text")
-    on_z_t = stack | {"decoder": load_network(ON_Z_T / "decoder.pt", "decoder", stack, "z_t")}
-    bound_by = [sum(o["right"]["bound"] for o in observe(decode(networks, z_t, captions, 7), captions)) for networks in (stack, on_z_t)]
-    print(f"given z_t, shapes and colours are right in {bound_by[0]} of the shipped decoder's 64, {bound_by[1]} of the other's")
-    assert bound_by[1] >= bound_by[0] + 6  # of 180 captions 15% and 37%
+def test_the_decoder_hears_captions_without_z_i():
+    stack, captions = sample.load_stack(prior_kind="none"), captions_of(32, seed=7)
+    z_i = draw(stack, captions, 7, "none")
+    bound = sum(o["right"]["bound"] for o in observe(decode(stack, z_i, captions, 7), captions))
+    print(f"from the caption alone, shapes and colours are right in {bound} of 32")
+    assert not z_i.any() and bound >= 20
 
 
 @pytest.mark.slow
