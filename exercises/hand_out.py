@@ -5,7 +5,7 @@
 
 A blank keeps its signature and docstring and raises NotImplementedError("exercise 7: …"). Blanks are cut by syntax tree from
 this repository's files, so there is one source of truth. Only what a student needs is copied: the stage files, the README,
-docs/, weights/, and the exercises' pages; not tests/ and experiments/, nor what grades, which would give solutions away.
+docs/, data/, weights/, and the exercises' pages; not tests/ and experiments/, nor what grades, which would give solutions away.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Out:  on stdout, a Markdown table for the whole chain: how often the whole capti
 
 All settings share captions and noise, so only the setting makes a difference.
 
-    python experiments/sweep.py --n 200 --plot docs/sweep.png
+    python experiments/sweep.py --n 200 --plot runs/sweep.png
 """
 
 import argparse
