@@ -510,19 +510,20 @@ def main():
     add("--bpe", metavar="PATH", help="CLIP's merges file, if none lies beside the weights")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    with one_line_errors(), torch.no_grad():
-        device = pick_device(args.device)
+    import clip_embed as ce  # not this script's own copies: weights/ imports clip_embed too
+    with ce.one_line_errors(), torch.no_grad():
+        device = ce.pick_device(args.device)
         known = Image.registered_extensions()
         paths = [p for p in args.inputs if Path(p).suffix.lower() in known or Path(p).is_file()]
         captions = [c for c in args.inputs if c not in paths]
         if not paths or not captions:
-            raise UserError("give at least one picture and one caption, as in: "
-                            'picture.png "a red circle" "a blue star"')
-        clip, tokenizer = load_clip(args.clip, args.bpe)
+            raise ce.UserError("give at least one picture and one caption, as in: "
+                               'picture.png "a red circle" "a blue star"')
+        clip, tokenizer = ce.load_clip(args.clip, args.bpe)
         clip.to(device)
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:
-            z_i = encode_pictures(clip, to_square(open_picture(path), clip.config.image_size))
+            z_i = encode_pictures(clip, to_square(ce.open_picture(path), clip.config.image_size))
             cosine = (z_i @ z_t.T)[0]
             share = (clip.logit_scale.exp() * cosine).softmax(0)
             print(path, "  cosine  softmax", sep="\n")
@@ -531,5 +532,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from clip_embed import main  # so that weights/, which imports clip_embed, shares its classes
     main()

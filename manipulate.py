@@ -266,6 +266,7 @@ def save_all(rows, name, out, gif):
 
 
 def parse_arguments():
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description="Take pictures apart into z_i and x_T, change one of them, decode (§3).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -255,6 +255,7 @@ def save_png(picture, folder, name, **chunks):
 
 
 def parse_arguments():
+    """The command line's options. Raises UserError."""
     parser = argparse.ArgumentParser(
         description="Make pictures from captions: prior, decoder, upsamplers. The shipped weights "
         "know a world of one or two shapes: circle, square, triangle, star, heart, cross; red, "

@@ -3,8 +3,8 @@
 In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
-Each stage's loss stands in its own file. Here stand the recipes, the conditions that each loss is
-given, and one loop for all: AdamW and a running average of the weights (EMA), the result.
+Each stage's loss stands in its own file. Here stand the recipes, each loss's conditions, and one
+loop for all: AdamW and a running average of the weights (EMA), the result.
 The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
 
 Row n of step k draws its scene, caption, timestep and noise from random numbers seeded by
@@ -570,6 +570,7 @@ def images_a_second(stage, context):
 
 
 def parse_arguments():
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         description="Train unCLIP on the built-in world of shapes, or on --data. Priors and "
         "decoder need the CLIP of --out, or --clip.",
@@ -580,7 +581,7 @@ def parse_arguments():
         "copy a finished run in half precision from --out runs/NAME to weights/NAME")
     add("--preset", default="shapes", choices=RECIPES, help="sizes and recipe (default shapes, "
         "for CPUs; laptop: a laptop's GPU; paper: table 3)")
-    add("--data", metavar="FOLDER", help="train on these pictures (docs/training.md: layouts)")
+    add("--data", metavar="FOLDER", help="train on these pictures (docs/training.md)")
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
     add("--clip", metavar="PATH", help="the CLIP to train on, anyone's")
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
@@ -596,7 +597,7 @@ def parse_arguments():
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
         help="auto: bfloat16 on cuda; it also suits CPUs with avx512_bf16 or amx_bf16")
     add("--workers", type=int, default=1, help="processes that draw pictures (1)")
-    add("--log-every", type=int, default=50, help="steps between rows of the CSV (50)")
+    add("--log-every", type=int, default=50, help="steps a row of the CSV (50)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()

@@ -301,7 +301,8 @@ class ShapeBatches(Dataset):
 
     clip, decoder: images (b, 3, 64, 64) uint8 and captions. For clip each scene stands beside three
     near misses, and no caption comes twice, since a duplicate would be a false negative. Priors:
-    numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by upsample.training_crops.
+    numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by
+    upsample.training_crops.
     split: "train" or "validation".
     """
 
