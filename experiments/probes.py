@@ -112,27 +112,35 @@ def probe_prior(args, device):
         print(f"| {first + 1} to {last} | {error[first:last].sum() / variances[first:last].sum():.4f} |")
 
 
-def probe_decoder(args, device):
-    """Print a decoder's paired loss given z_i, the caption, both or neither, at five timesteps."""
-    stack = sample.load_stack(args.weights, device, prior_kind="none")
-    model, scenes = stack["decoder"], scenes_of(args.n, args.seed, 1)
-    z_i = embed(stack, scenes).to(device)
-    text, null = encode_captions(stack["clip"], stack["tokenizer"], [everything(s, args.seed) for s in scenes])
-    nothing = {k: v.expand(args.n, *v.shape[1:]) for k, v in null.items()}
+def paired_loss(model, scenes, z_i, text, null, seed, times=TIMES):
+    """Print a decoder's loss given z_i, the caption, both or neither, with the same noise each time.
+
+    z_i (n, d) and text are those of n scenes, null is the empty caption.
+    """
+    n, device = len(scenes), z_i.device
+    nothing = {k: v.expand(n, *v.shape[1:]) for k, v in null.items()}
     given = {"z_i": (z_i, nothing), "caption": (0 * z_i, text), "both": (z_i, text), "neither": (0 * z_i, nothing)}
     x_0 = torch.stack([to_floats(to_tensor(render(s, model.config.image_size))) for s in scenes]).to(device)
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     alphas = decoder.cosine_schedule()
     print("| t | z_i | caption | both | neither | heard |\n|---|---|---|---|---|---|")
-    for step in TIMES:
-        t, loss = torch.full((args.n,), step, device=device), {}
+    for step in times:
+        t, loss = torch.full((n,), step, device=device), {}
         x_t = decoder.q_sample(x_0, t, noise, alphas)
         for name, (z, captions) in given.items():
-            eps = sample.in_batches(model, args.n, 32, lambda part: model(
+            eps = sample.in_batches(model, n, 32, lambda part: model(
                 x_t[part], t[part], z[part], sample.rows(captions, part))[0])
             loss[name] = float((eps - noise.cpu()).square().mean() / alphas[step])  # that of the velocity
         heard = (loss["neither"] - loss["caption"]) / (loss["neither"] - loss["z_i"])
         print(f"| {step} | {' | '.join(f'{loss[name]:.4f}' for name in given)} | {heard:.0%} |", flush=True)
+
+
+def probe_decoder(args, device):
+    """Print the paired loss of a folder's decoder."""
+    stack = sample.load_stack(args.weights, device, prior_kind="none")
+    scenes = scenes_of(args.n, args.seed, 1)
+    text, null = encode_captions(stack["clip"], stack["tokenizer"], [everything(s, args.seed) for s in scenes])
+    paired_loss(stack["decoder"], scenes, embed(stack, scenes).to(device), text, null, args.seed)
 
 
 def main():

@@ -24,9 +24,9 @@ import decoder
 import sample
 import train
 from caption_accuracy import rates, score
-from clip_embed import encode_captions, encode_pictures, one_line_errors, pick_device, to_floats, to_tensor
+from clip_embed import one_line_errors, pick_device, to_floats, to_tensor
 from data.shapes import attributes_in_caption, describe, random_scene, render
-from probes import TIMES, everything
+from probes import TIMES, everything, paired_loss, scenes_of
 
 VARIANTS = {  # (changes of the config, changes of the loss's options)
     "base": ({}, {}),
@@ -80,28 +80,22 @@ def main():
             measure(model, frozen, args, device)
 
 
+def z_i_of(frozen, scenes, device):
+    """z_i (n, d) of the pictures of n scenes."""
+    pictures = torch.stack([to_tensor(render(s, 64)) for s in scenes]).to(device)
+    return frozen.encode_pictures(to_floats(pictures))
+
+
 def measure(model, frozen, args, device):
     """Print the paired loss and the shares of captions shown."""
-    scenes = [random_scene(np.random.default_rng([1, 1 << 54, 1, k]), 2) for k in range(args.n)]
-    x_0 = torch.stack([to_floats(to_tensor(render(s, 64))) for s in scenes]).to(device)
-    z_i = frozen.encode_pictures(x_0)
+    scenes = scenes_of(args.n, 1, 1)
     text, null = frozen.encode_texts([everything(s, 1) for s in scenes])
-    nothing = {k: v.expand(args.n, *v.shape[1:]) for k, v in null.items()}
-    given = {"z_i": (z_i, nothing), "caption": (0 * z_i, text), "both": (z_i, text), "neither": (0 * z_i, nothing)}
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1)).to(device)
-    alphas = decoder.cosine_schedule()
-    for step in (300, *TIMES):
-        t, loss = torch.full((args.n,), step, device=device), {}
-        x_t = decoder.q_sample(x_0, t, noise, alphas)
-        for name, (z, captions) in given.items():
-            loss[name] = float((model(x_t, t, z, captions)[0] - noise).square().mean() / alphas[step])
-        heard = (loss["neither"] - loss["caption"]) / (loss["neither"] - loss["z_i"])
-        cells = " | ".join(f"{loss[name]:.4f}" for name in given)
-        print(f"| {args.variant} | {step} | {cells} | {heard:.0%} |", flush=True)
+    print(args.variant)
+    paired_loss(model, scenes, z_i_of(frozen, scenes, device), text, null, 1, (300, *TIMES))
     rngs = [np.random.default_rng([1, 1 << 53, k]) for k in range(args.n)]
     scenes = [random_scene(rng, 2) for rng in rngs]
     captions = [describe(s, attributes_in_caption(s, rng), rng) for s, rng in zip(scenes, rngs)]
-    z_i = frozen.encode_pictures(torch.stack([to_floats(to_tensor(render(s, 64))) for s in scenes]).to(device))
+    z_i = z_i_of(frozen, scenes, device)
     text, null = frozen.encode_texts(captions)
     nothing = {k: v.expand(args.n, *v.shape[1:]) for k, v in null.items()}
     for name, z, words in (("true z_i", z_i, nothing), ("true z_i, caption", z_i, text), ("caption alone", 0 * z_i, text)):
