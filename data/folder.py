@@ -16,7 +16,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from clip_embed import FORMATS, UserError, open_picture, to_tensor
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 SMALLEST = 64     # pixels a side: smaller pictures are left out
 LONGEST = 10_000  # characters: longer captions are left out
+SURROGATES = re.compile("[\ud800-\udfff]")
 BUFFER = 10_000   # places within which the pictures of shards are shuffled
 
 
@@ -192,14 +193,16 @@ def list_files(root):
 
 def captions_beside(root, found, pictures):
     """(picture, caption, where it stands) of each .txt with a picture's name, a caption a line."""
-    for name in pictures:
-        text = os.path.splitext(name)[0] + ".txt"
-        if text in found:
-            file, offset, size = found[text][0]
-            content = read_part(root, file, offset, min(size, 1 << 20))
-            lines = content.decode("utf-8-sig", "surrogateescape").splitlines()
-            for line in [*filter(str.strip, lines)] or [""]:
-                yield name, line, text
+    texts = [(name, os.path.splitext(name)[0] + ".txt") for name in pictures]
+    texts = [(name, text, *found[text][0]) for name, text in texts if text in found]
+    for file, rows in groupby(texts, key=lambda row: row[2]):
+        with open(os.path.join(root, file), "rb", buffering=0) as opened:  # a shard: once
+            for name, text, _, offset, size in rows:
+                opened.seek(offset)
+                content = opened.read(min(size, 1 << 20))
+                lines = content.decode("utf-8-sig", "surrogateescape").splitlines()
+                for line in [*filter(str.strip, lines)] or [""]:
+                    yield name, line, text
 
 
 def captions_in_metadata(root, found):
@@ -235,7 +238,7 @@ def list_pictures(root):
             reason = "no such picture"
         elif not caption:
             reason = "its caption is empty"
-        elif re.search("[\ud800-\udfff]", caption):  # Python's stand-ins for bytes of no UTF-8
+        elif SURROGATES.search(caption):  # Python's stand-ins for bytes of no UTF-8
             reason = "its caption is not UTF-8"
         elif len(caption) > LONGEST:
             reason = f"its caption has {len(caption):,} characters, more than {LONGEST:,}"
