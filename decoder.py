@@ -245,7 +245,7 @@ class Decoder(nn.Module):
         attend = partial(AttentionBlock, head_channels=c.head_channels, context_width=c.text_width,
                          groups=c.norm_groups)
 
-        def level(channels, out_channels, side):
+        def layer(channels, out_channels, side):
             attention = [attend(out_channels)] if side in c.attention else []
             return nn.ModuleList([res(channels, out_channels), *attention])
 
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
-                self.down.append(level(widths[-1], multiple * c.channels, side))
+                self.down.append(layer(widths[-1], multiple * c.channels, side))
                 widths.append(multiple * c.channels)
             if k < len(c.multiples) - 1:
                 self.down.append(nn.ModuleList([res(widths[-1], widths[-1], resample="down")]))
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         self.middle = nn.ModuleList([res(width, width), attend(width), res(width, width)])
         for k, multiple in reversed(list(enumerate(c.multiples))):
             for _ in range(c.depth + 1):
-                self.up.append(level(width + widths.pop(), multiple * c.channels, side))
+                self.up.append(layer(width + widths.pop(), multiple * c.channels, side))
                 width = multiple * c.channels
             if k:
                 self.up[-1].append(res(width, width, resample="up"))
@@ -449,15 +449,15 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
                        c.ladder_power)
     else:
         x, rungs = x_T, inversion_ladder(steps or c.steps)
-    for n in tqdm(reversed(range(len(rungs))), "decoder", len(rungs), disable=not bar):
-        alpha_t = alphas_cumprod[rungs[n]]
-        alpha_s = alphas_cumprod[rungs[n - 1]] if n else torch.ones_like(alpha_t)
-        eps, v = guided(model, x, rungs[n], z_i, text, null, guidance_scale)
+    for t, s in tqdm([*zip(rungs, [None, *rungs])][::-1], "decoder", disable=not bar):  # s: below t
+        alpha_t = alphas_cumprod[t]
+        alpha_s = torch.ones_like(alpha_t) if s is None else alphas_cumprod[s]
+        eps, v = guided(model, x, t, z_i, text, null, guidance_scale)
         x_0 = predict_x_0(x, eps, float(alpha_t))
         if clamp:
             x_0 = x_0.clamp(-1, 1)  # which implies another ε
             eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())
-        if not n:  # times 1; in float32, times 0.99947
+        if s is None:  # times 1; in float32, times 0.99947
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))
         if eta is None:
             from_x_0, from_x_t, beta_tilde = map(float, posterior(alpha_t, alpha_s))
@@ -530,12 +530,12 @@ def main():
         x_0 = ce.to_square(picture, model.config.image_size).to(device)
         z_i = ce.encode_pictures(clip.to(device), ce.to_square(picture, clip.config.image_size))
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
-        noise = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
-        x_T = invert(model, x_0, z_i, text, noise[:1], args.steps, bar=True)
+        three = [torch.Generator().manual_seed(args.seed + k) for k in range(3)]
+        x_T = invert(model, x_0, z_i, text, three[:1], args.steps, bar=True)
         again = sample(model, z_i, text, null, None, guidance_scale=1, steps=args.steps, eta=0,
                        x_T=x_T, clamp=False, bar=True)
         thrice = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
-        fresh = sample(model, z_i.repeat(3, 1), thrice, null, noise, steps=args.steps, bar=True)
+        fresh = sample(model, z_i.repeat(3, 1), thrice, null, three, steps=args.steps, bar=True)
         ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)
         print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; "
               f"reconstruction {ce.psnr(x_0, again):.1f} dB; {args.out}")

@@ -274,13 +274,13 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
     device, shape = text["z_t"].device, (B, candidates, d)
     rungs = ladder(steps or c.steps, len(alphas_cumprod) - 1)
     z = randn(generators, shape, device).flatten(0, 1)
-    for n in tqdm(reversed(range(len(rungs))), "prior", len(rungs), disable=not bar):
-        f = lambda z, text: model(z, torch.full((len(z),), rungs[n], device=device), text, cache)
+    for t, s in tqdm([*zip(rungs, [None, *rungs])][::-1], "prior", disable=not bar):  # s: below t
+        f = lambda z, text: model(z, torch.full((len(z),), t, device=device), text, cache)
         z_0 = guided(f, z, text, null, guidance_scale).clamp(-c.clamp, c.clamp)
-        if n:
-            factors = posterior(alphas_cumprod[rungs[n]], alphas_cumprod[rungs[n - 1]])
+        if s is not None:
+            factors = posterior(alphas_cumprod[t], alphas_cumprod[s])
             from_z_0, from_z_t, beta_tilde = (float(factor) for factor in factors)
-            error = float(model.errors[rungs[n]]) if variance == "analytic" else 0
+            error = float(model.errors[t]) if variance == "analytic" else 0
             deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
             noise = randn(generators, shape, device).flatten(0, 1)
             z = from_z_0 * z_0 + from_z_t * z + deviation * noise
@@ -532,8 +532,8 @@ def main():
             model = load_model(network, config, checkpoint, path).to(device)
             for caption in args.captions:
                 text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
-                noise = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
-                z_i = draw(model, text, null, noise, args.guidance, bar=True)
+                generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]
+                z_i = draw(model, text, null, generators, args.guidance, bar=True)
                 print_cosines(f"{caption!r}, {stage}", z_i, text["z_t"][0])
 
 

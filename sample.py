@@ -103,20 +103,20 @@ class Chain:
         """Images (·, 3, 64, 64) of some captions, each from a z_i of its own (§2.1, §2.2)."""
         bar = self.bar and not candidate
 
-        def diffusion(network, some, noise):
-            return prior.sample(network, rows(self.text, some), self.null, noise,
+        def diffusion(network, some, generators):
+            return prior.sample(network, rows(self.text, some), self.null, generators,
                                 self.prior_guidance, self.prior_steps, variance=self.variance,
                                 bar=bar)
 
-        def autoregressive(network, some, noise):
+        def autoregressive(network, some, generators):
             guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
             text = rows(self.text, some)
-            return prior.ar_sample(network, text, self.null, noise, guidance, bar=bar)
+            return prior.ar_sample(network, text, self.null, generators, guidance, bar=bar)
 
-        def decode(network, some, noise):
+        def decode(network, some, generators):
             return decoder.sample(network, self.z_i[some].to(self.device), rows(self.text, some),
-                                  self.null, noise, self.decoder_guidance, self.decoder_steps,
-                                  self.eta, bar=bar)
+                                  self.null, generators, self.decoder_guidance,
+                                  self.decoder_steps, self.eta, bar=bar)
 
         network = PRIORS[self.prior_kind]
         if network:
@@ -127,8 +127,9 @@ class Chain:
     def enlarge(self, images, size):
         """Images (n, 3, 64, 64) → (n, 3, size, size) by the upsamplers (§2.1)."""
         for large, steps in zip(SIZES[1:SIZES.index(size) + 1], self.upsample_steps):
-            def enlarge(network, some, noise, small=images, steps=steps):
-                return upsample.sample(network, small[some].to(self.device), noise, steps, self.bar)
+            def enlarge(network, some, generators, small=images, steps=steps):
+                low = small[some].to(self.device)
+                return upsample.sample(network, low, generators, steps, self.bar)
 
             images = self.run(f"upsample-{large}", list(range(len(images))), BATCH[large], enlarge)
         return images
@@ -142,11 +143,11 @@ def surprise(model, z_i, text, steps=32):
     for training pairs, infinite if `errors` were never estimated. All calls share one noise. Not in
     the paper (compare the diffusion classifier, Li et al. 2023).
     """
-    alphas_cumprod, noise = prior.cosine_schedule(), torch.Generator().manual_seed(0)
+    alphas_cumprod, generator = prior.cosine_schedule(), torch.Generator().manual_seed(0)
     z_0, cache, total = z_i * prior.scale(z_i.shape[1]), [], 0
     for rung in prior.ladder(steps, len(alphas_cumprod) - 1):
         t = torch.full((len(z_0),), rung, device=z_0.device)
-        eps = torch.randn(z_0.shape[1], generator=noise).to(z_0.device)
+        eps = torch.randn(z_0.shape[1], generator=generator).to(z_0.device)
         x_0 = model(prior.q_sample(z_0, t, eps, alphas_cumprod), t, text, cache)
         total = total + (z_0 - x_0).square().mean(1) / model.errors[rung]
     return total / steps

@@ -361,15 +361,16 @@ def sample(model, low, generators, steps=None, bar=False):
     alphas_cumprod = exact.float() if c.float32 else exact
     rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal), c.ladder_power)
     x = randn(generators, (len(low), 3, size, size), low.device)
-    for n in tqdm(reversed(range(len(rungs))), f"upsample-{size}", len(rungs), disable=not bar):
-        alpha_t = float(alphas_cumprod[rungs[n]])
-        alpha_s = float(alphas_cumprod[rungs[n - 1]]) if n else 1.0
-        network = model.last if c.last and not n else model
-        t = torch.full((len(x),), rungs[n], device=x.device)
-        x_0 = predict_x_0(x, network(x, t, low), alpha_t).clamp(-1, 1)
+    pairs = [*zip(rungs, [None, *rungs])]  # each timestep t and the next one below it, s
+    for t, s in tqdm(pairs[::-1], f"upsample-{size}", disable=not bar):
+        alpha_t = float(alphas_cumprod[t])
+        alpha_s = 1.0 if s is None else float(alphas_cumprod[s])
+        network = model.last if c.last and s is None else model
+        eps = network(x, torch.full((len(x),), t, device=x.device), low)
+        x_0 = predict_x_0(x, eps, alpha_t).clamp(-1, 1)
         eps = (x - math.sqrt(alpha_t) * x_0) / math.sqrt(1 - alpha_t)  # of the clamped x̂_0
         x, deviation = ddim_step(x_0, eps, alpha_t, alpha_s, c.eta)
-        if n and c.eta:
+        if s is not None and c.eta:
             x = x + deviation * randn(generators, x.shape, x.device)
     return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # times 1; in float32, 0.99947
 

@@ -82,9 +82,9 @@ def asked_to_stop():
 
 
 def ignore_stops(worker):
-    """Data workers ignore Ctrl-C; they end with the trainer."""
+    """Data workers ignore Ctrl-C and SIGTERM, which may reach them too; they end with the trainer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def attention_kernel(device, low):

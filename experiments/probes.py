@@ -84,7 +84,7 @@ def train_probe(z_i, targets, epochs=40):
 
 def probe_prior(args, device):
     """Print what the probe reads from true z_i and from the prior's, and the prior's error at t = 999."""
-    stack = sample.load_stack(args.weights, device, prior_kind="diffusion")
+    stack = sample.load_stack(args.weights, device, prior_kind="diffusion", clip_path=args.clip)
     model, known = stack["prior"], scenes_of(args.known, args.seed, 0)
     z_known = embed(stack, known)
     with torch.enable_grad():
@@ -131,13 +131,14 @@ def paired_loss(model, scenes, z_i, text, null, seed, times=TIMES):
             eps = sample.in_batches(model, n, 32, lambda part: model(
                 x_t[part], t[part], z[part], sample.rows(captions, part))[0])
             loss[name] = float((eps - noise.cpu()).square().mean() / alphas[step])  # that of the velocity
-        heard = (loss["neither"] - loss["caption"]) / (loss["neither"] - loss["z_i"])
-        print(f"| {step} | {' | '.join(f'{loss[name]:.4f}' for name in given)} | {heard:.0%} |", flush=True)
+        gap = loss["neither"] - loss["z_i"]  # 0 before any training
+        heard = f"{(loss['neither'] - loss['caption']) / gap:.0%}" if gap else "–"
+        print(f"| {step} | {' | '.join(f'{loss[name]:.4f}' for name in given)} | {heard} |", flush=True)
 
 
 def probe_decoder(args, device):
     """Print the paired loss of a folder's decoder."""
-    stack = sample.load_stack(args.weights, device, prior_kind="none")
+    stack = sample.load_stack(args.weights, device, prior_kind="none", clip_path=args.clip)
     scenes = scenes_of(args.n, args.seed, 1)
     text, null = encode_captions(stack["clip"], stack["tokenizer"], [everything(s, args.seed) for s in scenes])
     paired_loss(stack["decoder"], scenes, embed(stack, scenes).to(device), text, null, args.seed)
@@ -148,6 +149,7 @@ def main():
                                      "different conditions.")
     parser.add_argument("stage", choices=["prior", "decoder"])
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, help="folder of checkpoints (default: the shipped ones)")
+    parser.add_argument("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
     parser.add_argument("--n", type=int, default=500, help="scenes to measure (default 500)")
     parser.add_argument("--known", type=int, default=8000, help="scenes that the probe learns from (default 8000)")
     parser.add_argument("--steps", type=int, nargs="+", default=[64, 10], help="of the prior (default 64 10)")
