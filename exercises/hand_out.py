@@ -5,7 +5,8 @@
 
 A blank keeps its signature and docstring and raises NotImplementedError("exercise 7: …"). Blanks are cut by syntax tree from
 this repository's files, so there is one source of truth. Only what a student needs is copied: the stage files, the README,
-docs/, data/, weights/, and the exercises' pages; not tests/ and experiments/, nor what grades, which would give solutions away.
+docs/ without the pages that quote the code, data/, weights/, and the exercises' pages; not tests/ and experiments/, nor what grades,
+which would give solutions away.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 from clip_embed import UserError, one_line_errors  # noqa: E402
 
-COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/**/*", "weights/*.py", "data/*.py", "weights/shapes/*",
+COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/*.md", "docs/*.png", "docs/*.txt", "docs/pictures/*", "weights/*.py", "data/*.py", "weights/shapes/*",
           "exercises/pages/*.png")
 
 
@@ -102,6 +103,7 @@ def hand_out(folder, numbers=()):
     index = re.sub(r"(?m)(^\| \d+ \|.*\n)+", lambda _: rows(exercises), index)
     docs = {name: unlink(path.read_text(encoding="utf-8"), "docs", names) for name, path in files.items()
             if name.startswith("docs/") and name.endswith(".md")}
+    docs = {name: re.sub(r"\.py#L\d+", ".py", text) for name, text in docs.items()}  # blanks move the lines
     written = {**sources(exercises), **docs, "exercises/README.md": unlink(index, "exercises", names),
                "README.md": student_readme(files["README.md"].read_text(encoding="utf-8"), exercises, names),
                **{page: unlink((ROOT / page).read_text(encoding="utf-8"), "exercises/pages", names) for page in pages}}

@@ -18,6 +18,7 @@ import upsample
 
 ROOT = Path(__file__).parent.parent
 MAP = (ROOT / "docs/reading-map.md").read_text(encoding="utf-8").replace("](../", "](")  # paths from the root
+MAP = re.sub(r"\.py#L\d+\)", ".py)", MAP)  # tests/test_side_by_side.py checks the lines
 
 # What the paper holds, from its own table of contents, figures and tables, not from the map.
 SECTIONS = "1 2 2.1 2.2 3 3.1 3.2 3.3 4 5.1 5.2 5.3 5.4 5.5 6 7".split()
