@@ -3,8 +3,8 @@
 In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
-Each stage's loss stands in its own file. Here stand the recipes, each loss's conditions, and one
-loop for all: AdamW and a running average of the weights (EMA), the result.
+Each stage's loss stands in its own file. Here stand the recipes, each loss's inputs, and one loop
+for all: AdamW and a running average of the weights (EMA).
 The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
 
 Row n of step k draws its scene, caption, timestep and noise from random numbers seeded by
@@ -49,7 +49,7 @@ from data.embeddings import FrozenCLIP, embed_folder, embed_scenes
 from data.folder import FolderBatches, TooFew, gather
 from data.processes import (asked_to_stop, attention_kernel, first_before_others, gather_rows,
                             ignore_stops, join_processes, machine_memory, mean_of_ranks,
-                            only_first_prints, ranks)
+                            one_at_a_time, only_first_prints, ranks)
 from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
@@ -233,7 +233,7 @@ def to_device(batch, device):
 
 @dataclass
 class Run:
-    """A training."""
+    """A stage in training."""
     stage: str
     context: Context
     model: torch.nn.Module
@@ -250,6 +250,7 @@ class Run:
         return c.batches(self.stage, c.recipe.batch_size, c.seed, c.config, *ranks(), split)
 
 
+@one_at_a_time
 def train(stage, args, device):
     """Train one stage from its start, or from its checkpoint with --resume. Raises UserError.
 
@@ -296,7 +297,6 @@ def train(stage, args, device):
 
 def begin(stage, args, device, path):
     """The Run of a stage: new, from --init's weights, or resumed from `path`. Raises UserError."""
-    args.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return build(stage, prepare(stage, args, device), args.init)
     if not args.resume:

@@ -4,6 +4,7 @@ torchrun starts one process for each GPU; each draws and trains on its share of 
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -14,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
+
+from clip_embed import UserError
 
 
 def join_processes(device):
@@ -79,6 +82,33 @@ def asked_to_stop():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def lock(file):
+    """Lock an open file until it is closed or this process ends, killed or not. Raises OSError."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the data workers do not inherit it
+
+
+def one_at_a_time(train):
+    """train(stage, args, device), but a second process that trains this checkpoint is refused."""
+    @functools.wraps(train)
+    def alone(stage, args, device):
+        args.out.mkdir(parents=True, exist_ok=True)
+        if ranks()[0]:  # torchrun's first process locks for all
+            return train(stage, args, device)
+        with open(args.out / f".{stage}.lock", "w") as file:
+            try:
+                lock(file)
+            except OSError:
+                raise UserError(f"{args.out / stage}.pt: another process trains it now; wait for "
+                                "its end, or train elsewhere by --out") from None
+            return train(stage, args, device)
+    return alone
 
 
 def ignore_stops(worker):

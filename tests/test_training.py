@@ -247,6 +247,30 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, quick, mon
     assert_same_end(quick, stopped)
 
 
+@needs_fork
+def test_a_second_training_of_a_checkpoint_is_refused_until_the_first_ends_or_dies(quick, monkeypatch):
+    loss, begun = upsample.upsampler_loss, fork.Event()
+
+    def slow(*batch):
+        begun.set()
+        time.sleep(60)
+        return loss(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upsample, "upsampler_loss", slow)
+        child = fork.Process(target=train.train, args=("upsample-256", also(quick, workers=1), CPU))
+        child.start()
+    assert begun.wait(60)
+    with pytest.raises(UserError, match="upsample-256.pt: another process trains it now; wait for its end, or train elsewhere by --out"):
+        train.train("upsample-256", quick, CPU)
+    elsewhere = also(quick, out=quick.out / "elsewhere")
+    train.train("upsample-256", elsewhere, CPU)
+    child.kill()  # its data worker still lives for some seconds
+    child.join()
+    train.train("upsample-256", quick, CPU)
+    assert_same_end(quick, elsewhere)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     try:
