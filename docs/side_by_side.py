@@ -139,6 +139,8 @@ class Formula:
     TOKEN = re.compile(r"\s+|[0-9]+(?:\.[0-9]+)?|[A-Za-z]{2,}|[_^]\{[^}]*\}"
                        r"|[_^](?:[0-9]+|[A-Za-z]+[0-9]*|\([^)]*\)|\w)|.[\u0300-\u036f]*", re.S)
     POWERS = {"²": "2", "³": "3"}
+    BRACKETS = {"(": ")", "[": "]", "‖": "‖"}
+    THIN = '<mspace width="0.17em"></mspace>'  # around the names of functions
 
     def __init__(self, text):
         self.tokens, self.at = self.TOKEN.findall(text), 0
@@ -152,8 +154,8 @@ class Formula:
         self.at += 1
         if token == "√":
             return self.scripts(f"<msqrt>{self.bare(self.atom())}</msqrt>")
-        if token in ("(", "["):
-            inner = self.row(")" if token == "(" else "]")
+        if token in self.BRACKETS:
+            inner = self.row(self.BRACKETS[token])
             closing = self.peek()
             self.at += 1
             return self.scripts(f'<mrow class="b"><mo>{token}</mo>{inner}<mo>{closing}</mo></mrow>')
@@ -165,7 +167,11 @@ class Formula:
             if len(letter) == 2 and letter[1] in accents:
                 return self.scripts(f'<mover><mi>{letter[0]}</mi>'
                                     f'<mo stretchy="false">{accents[letter[1]]}</mo></mover>')
-            return self.scripts(f"<mi>{html.escape(token)}</mi>")
+            name = self.scripts(f"<mi>{html.escape(token)}</mi>")
+            before = self.at > 1 and self.tokens[max(0, self.at - 2)].isspace()
+            if len(token) == len(letter) == 1:
+                return name
+            return self.THIN * before + name + self.THIN * self.peek().isspace()
         return self.scripts(f'<mo stretchy="false">{html.escape(token)}</mo>')
 
     def scripts(self, base):
@@ -175,6 +181,7 @@ class Formula:
             token = self.peek()
             self.at += 1
             inner = self.POWERS.get(token) or token[1:].strip("{}")
+            inner = re.sub(r"^([a-z]+)([0-9])$", r"\1,\2", inner)  # z_t0
             inner = Formula(inner).row()
             if token[0] == "_":
                 below = f"<mrow>{inner}</mrow>"
@@ -274,15 +281,16 @@ def aside(rows, exercises):
     """What the paper leaves open, the tests and the exercises of a passage, as HTML."""
     choices, tests = [], []
     for start in rows:
-        _, _, choice, checked = row_of(start)
+        title, _, choice, checked = row_of(start)
         if choice != "–":
-            choices.append(f"<p>{inline(choice, '../')}</p>")
+            title = f"<em>{html.escape(title)}</em>: " if len(rows) > 1 else ""
+            choices.append(f"<p>{title}{inline(choice, '../')}</p>")
         for label, path in re.findall(r"\[(.+?)\]\(\.\./(tests/\w+\.py)", checked):
             if (label, path) not in tests:
                 tests.append((label, path))
     out = ""
     if choices:
-        out += "<h3>Not in the paper: chosen here</h3>" + "".join(choices)
+        out += "<h3>What the paper leaves open, and what we do</h3>" + "".join(choices)
     if tests:
         out += "<h3>Checked by</h3><ul>" + "".join(test_link(*test) for test in tests) + "</ul>"
     for number in exercises:
@@ -336,7 +344,8 @@ def passage(title, body):
             close()
             if not (PAGES / picture[2]).is_file():
                 sys.exit(f"docs/side_by_side: there is no picture {picture[2]}")
-            text.append(f'<p><img src="{picture[2]}" alt="{html.escape(picture[1])}"></p>')
+            text.append(f'<p class="i"><a href="{picture[2]}"><img src="{picture[2]}" '
+                        f'alt="{html.escape(picture[1])}"></a><br>{inline(picture[1])}</p>')
         else:
             paragraph.append(line.strip())
     close()
@@ -368,8 +377,8 @@ def page(name):
     """A whole page as HTML."""
     title, lead, passages = parse(name)
     links = "".join(f'<a href="{other}.html"{" aria-current=page" if other == name else ""}>'
-                    f"{html.escape(parse(other)[0].partition(':')[0])}</a>"
-                    for other in ("index", *ORDER))
+                    f"{html.escape(parse(other)[0].partition(':')[0] if n else 'Contents')}</a>"
+                    for n, other in enumerate(("index", *ORDER)))
     lead = "".join(f"<p>{inline(' '.join(part.split()))}</p>"
                    for part in "\n".join(lead).split("\n\n") if part.strip())
     body = "".join(passage(*each) for each in passages)
