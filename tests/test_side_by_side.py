@@ -107,7 +107,7 @@ def test_every_colour_of_text_has_a_contrast_of_at_least_4_5_in_light_and_dark()
     ("(a + b)/√(1 − c)", "<mfrac><mrow><mi>a</mi><mo>+</mo><mi>b</mi></mrow><msqrt><mrow><mn>1</mn><mo>−</mo><mi>c</mi></mrow></msqrt></mfrac>"),
     ("a / b", "<mi>a</mi><mo>/</mo><mi>b</mi>"),
     ("z_i^(t)", "<msubsup><mi>z</mi><mrow><mi>i</mi></mrow><mrow><mrow><mo>(</mo><mi>t</mi><mo>)</mo></mrow></mrow></msubsup>"),
-    ("‖x‖² L_simple z_θ", "<mo>‖</mo><mi>x</mi><msup><mo>‖</mo><mrow><mn>2</mn></mrow></msup><msub><mi>L</mi><mrow><mi>simple</mi></mrow></msub>"
+    ("‖x‖² L_simple z_θ", "<msup><mrow><mo>‖</mo><mi>x</mi><mo>‖</mo></mrow><mrow><mn>2</mn></mrow></msup><msub><mi>L</mi><mrow><mi>simple</mi></mrow></msub>"
      "<msub><mi>z</mi><mrow><mi>θ</mi></mrow></msub>"),
 ])
 def test_a_formula_becomes_mathml(text, want):
