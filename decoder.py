@@ -4,10 +4,10 @@ In:   z_i (B, d) unit-norm, or zeros; captions as clip_embed.encode_captions giv
 Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM inversion finds
 
 A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also sees a
-context: the caption's states and four tokens made from z_i. z_i is added to the timestep
-embedding too. The network predicts the noise ε and each step's variance (Improved DDPM). The
-objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the time and
-the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
+context: the caption's states and four tokens made from z_i. z_i and one vector of the caption are
+added to the timestep embedding too. It predicts the noise ε and each step's variance (Improved
+DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the
+time and the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
 Sampling is ancestral, or DDIM, which run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
@@ -98,7 +98,7 @@ def predict_x_0(x_t, eps, alpha):
 
 
 def posterior(alpha_t, alpha_s):
-    """q(x_s|x_t, x_0) for s before t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
+    """q(x_s|x_t, x_0) for s < t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
 
     alpha_t, alpha_s: ᾱ at the two steps, floats or tensors, at any stride (Improved DDPM §4).
     """
@@ -249,9 +249,9 @@ class Decoder(nn.Module):
             attention = [attend(out_channels)] if side in c.attention else []
             return nn.ModuleList([res(channels, out_channels), *attention])
 
-        side, pixel = c.image_size // c.patch_size, c.patch_size ** 2
+        side, area = c.image_size // c.patch_size, c.patch_size ** 2
         widths = [c.channels * c.multiples[0]]  # of each skip connection
-        self.conv_in = nn.Conv2d(3 * pixel + 2 * c.coordinates, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * area + 2 * c.coordinates, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for k, multiple in enumerate(c.multiples):
             for _ in range(c.depth):
@@ -271,7 +271,7 @@ class Decoder(nn.Module):
                 self.up[-1].append(res(width, width, resample="up"))
                 side *= 2
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
-        self.conv_out = zero(nn.Conv2d(width, 6 * pixel, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(width, 6 * area, 3, padding=1))
 
     def inject(self, emb, z_i, states, mask):
         """Both injections of z_i (B, d), already times √d: (emb, context, mask) (§2.1).
@@ -322,9 +322,9 @@ class Decoder(nn.Module):
             h = run(blocks, torch.cat([h, skips.pop()], 1))
         h = self.conv_out(F.silu(self.norm_out(h))).float()
         eps, v = F.pixel_shuffle(h, c.patch_size).chunk(2, 1)
-        if c.prediction == "velocity":  # eps holds it until here
+        if c.prediction == "velocity":  # eps was the velocity
             eps = eps_from_velocity(x_t, eps, at(cosine_schedule(), t, x_t))
-        return eps, (v + 1) / 2  # v = 0: variance β̃, 1: β
+        return eps, (v + 1) / 2  # 0: variance β̃, 1: β
 
 
 def normal_kl(mean_1, log_variance_1, mean_2, log_variance_2):
@@ -346,7 +346,7 @@ def discretized_log_likelihood(x, mean, log_variance):
 def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     """The t-th term of the bound L_vlb in bits per dimension, (B,) (§2.1; DDPM eq. 5).
 
-    A KL divergence, or at t = 0 the likelihood, with the next β̃ for β̃_0 = 0, as in Improved
+    A KL divergence; at t = 0 the negative log-likelihood. β̃_1 replaces β̃_0 = 0, as in Improved
     DDPM's code. eps, v: the network's. x̂_0 is clamped as in sampling.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -364,7 +364,7 @@ def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
 
 
 def drop_text(text, null, drop):
-    """Put the null caption (one row) in the place of those where drop (B,) is True (§2.1, §2.2)."""
+    """Replace captions by the null caption (one row) where drop (B,) is True (§2.1, §2.2)."""
     return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
 
 
@@ -385,10 +385,10 @@ def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_cap
     u = torch.stack([torch.rand((), generator=g) for g in generators])
     t = (T * u ** time_power).long().to(device)
     noise = randn(generators, x_0.shape, device)
-    drop = torch.stack([torch.rand(2, generator=g) for g in generators]).to(device)
+    dice = torch.stack([torch.rand(2, generator=g) for g in generators]).to(device)
     x_t = q_sample(x_0, t, noise, alphas_cumprod)
-    z_i = torch.where(drop[:, :1] < drop_z_i, torch.zeros_like(z_i), z_i)
-    eps, v = model(x_t, t, z_i, drop_text(text, null, drop[:, 1] < drop_caption))
+    z_i = torch.where(dice[:, :1] < drop_z_i, torch.zeros_like(z_i), z_i)
+    eps, v = model(x_t, t, z_i, drop_text(text, null, dice[:, 1] < drop_caption))
     simple = (eps - noise) ** 2
     if model.config.prediction == "velocity":
         simple = simple / at(alphas_cumprod, t, eps)  # ‖Δε‖²/ᾱ is ‖Δvelocity‖²
@@ -409,7 +409,7 @@ def ladder(steps, top, power=1.0):
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; not in the paper).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; chosen here).
 
     At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
@@ -437,8 +437,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
     generators: one torch.Generator a picture. guidance_scale, steps: None for the config's. eta:
-    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: invert's.
-    It decodes to its picture if z_i, text, steps are invert's, guidance 1, eta 0, clamp False.
+    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: of invert;
+    gives back its picture with invert's z_i, text, steps, guidance 1, eta 0, clamp False.
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
@@ -457,12 +457,11 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
         if clamp:
             x_0 = x_0.clamp(-1, 1)  # which implies another ε
             eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())
-        if s is None:  # times 1; in float32, times 0.99947
+        if s is None:  # Karlo's float32 ends × 0.99947
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))
         if eta is None:
-            from_x_0, from_x_t, beta_tilde = map(float, posterior(alpha_t, alpha_s))
-            beta = torch.tensor(float(1 - alpha_t / alpha_s))
-            log_variance = learned_log_variance(v, beta, torch.tensor(beta_tilde))
+            from_x_0, from_x_t, beta_tilde = (part.float() for part in posterior(alpha_t, alpha_s))
+            log_variance = learned_log_variance(v, (1 - alpha_t / alpha_s).float(), beta_tilde)
             x, deviation = from_x_0 * x_0 + from_x_t * x, torch.exp(0.5 * log_variance)
         else:
             x, deviation = ddim_step(x_0, eps, float(alpha_t), float(alpha_s), eta)
@@ -484,7 +483,7 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
     (five of 255 shades), x_t ~ q(x_t|x_0) on the lowest rung. Started at x_0, where the network
     predicts no noise, it ends with under a tenth of noise's variance. A step s → t needs ε at x_t,
-    which it is to find (DDIM eq. 14): the last ε gives a guess of x_t, ε at the guess gives x_t.
+    still unknown (DDIM eq. 14): the last ε gives a guess of x_t, ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
@@ -495,8 +494,7 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
         alpha_t = float(alphas_cumprod[t])
 
         def climb(eps):
-            x_0 = predict_x_0(x, eps, alpha_s)
-            return math.sqrt(alpha_t) * x_0 + math.sqrt(1 - alpha_t) * eps
+            return math.sqrt(alpha_t) * predict_x_0(x, eps, alpha_s) + math.sqrt(1 - alpha_t) * eps
 
         eps, _ = guided(model, climb(eps), t, z_i, text, None, 1)
         x, alpha_s = climb(eps), alpha_t

@@ -10,7 +10,7 @@ The diffusion prior is a diffusion model P(z_i|y). Its network is a causal trans
 whose last output predicts z_i itself, not the noise: prior_loss is E‖f(z_i^(t), t, y) − z_i‖².
 Sampling takes 64 of the 1000 steps, ancestral with the analytic variance, for two candidates, and
 keeps the one closer to z_t. Coordinates of a unit vector are near 1/√d, far below noise of
-deviation 1, so inside this file embeddings are scaled to the paper's deviation, 0.54 (scale).
+deviation 1, so the diffusion scales embeddings to the paper's deviation, 0.54 (scale).
 
 The autoregressive prior writes z_i as a sequence: the principal components that keep 99% of its
 variance, the largest first, each quantized into 1024 buckets. A causal transformer predicts one
@@ -80,7 +80,7 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 
 
 def posterior(alpha_t, alpha_s):
-    """q(x_s|x_t, x_0) for s before t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
+    """q(x_s|x_t, x_0) for s < t: (factor of x_0, factor of x_t, variance β̃) (DDPM eqs. 6, 7).
 
     alpha_t, alpha_s: ᾱ at the two steps, floats or tensors, at any stride (Improved DDPM §4).
     """
@@ -181,7 +181,7 @@ class DiffusionPrior(nn.Module):
         x, mask = self.sequence(z_i_t, t, text)
         if cache:  # timestep, z_i_t and final token alone are new
             x, mask = x[:, -3:], mask[:, :, -3:]
-        pairs = [list(pair) for pair in cache] if cache else [[] for _ in self.blocks]
+        pairs = [list(pair) for pair in cache] if cache else [[] for _ in self.blocks]  # copies
         for block, pair in zip(self.blocks, pairs):
             x = block(x, mask, pair)
         if cache is not None:
@@ -190,7 +190,7 @@ class DiffusionPrior(nn.Module):
 
 
 def drop_text(text, null, drop):
-    """Put the null caption (one row) in the place of those where drop (B,) is True (§2.1, §2.2)."""
+    """Replace captions by the null caption (one row) where drop (B,) is True (§2.1, §2.2)."""
     return {k: torch.where(drop.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in text.items()}
 
 
@@ -314,7 +314,7 @@ AR_PRESETS = {
 
 
 def pca(batches):
-    """Mean (d,), components (d, d), a row each, variances (d,), largest first, of batches (n, d).
+    """(mean (d,), components (d, d) as rows, variances (d,)), largest first, of batches (n, d).
 
     Mean and covariance are merged batch by batch in float64 (§2.2). Raises ValueError
     if an embedding is not finite, a coordinate is constant, or embeddings are too few.
@@ -352,7 +352,7 @@ def quantile_buckets(values, buckets):
 
 
 def fit_codes(z_i, buckets=1024, lose=0.01):
-    """The arrays of the code of z_i (N, d): {"mean", "components", "edges", "centres"} (§2.2).
+    """PCA and buckets of z_i (N, d): {"mean", "components", "edges", "centres"} (§2.2).
 
     Keeps the fewest components with which cutting and quantizing lose under 1% of the variance.
     Raises ValueError as pca does, and for too few buckets.
@@ -361,8 +361,8 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     some = z_i[::math.ceil(len(z_i) / 131072)].cpu().double()  # at most 131,072 rows
     values = ((some - mean) @ components.T).T.contiguous()  # (d, n)
     edges, centres = quantile_buckets(values, buckets)
-    blurred = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
-    lost = 1 - (variances - blurred).cumsum(0) / variances.sum()
+    error = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
+    lost = 1 - (variances - error).cumsum(0) / variances.sum()
     if not (lost < lose).any():
         raise ValueError(f"{buckets} buckets lose {lost.min():.1%} of the variance, "
                          "however many components are kept")
@@ -383,7 +383,7 @@ class ARPrior(nn.Module):
 
     Not in the paper: each block's keys and values begin with the caption's, made from CLIP's
     states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
-    319 codes. CLIP's text tower is the text encoder, or the 1B parameters of table 3 would be 2.0.
+    319 codes. CLIP's text tower is the text encoder: with another, table 3's 1B would become 2.0B.
     Buckets are ordered, so their vectors, which the logits use too, start from cosines of their
     rank; each place scales them in its own way.
     """
@@ -420,7 +420,7 @@ class ARPrior(nn.Module):
         return F.normalize(values @ self.components + self.mean, dim=-1)
 
     def forward(self, tokens, text, cache=None):
-        """Logits (B, n, buckets) of the code after each of tokens (B, n): z_i·z_t's bucket, codes.
+        """tokens (B, n): z_i·z_t's bucket, then codes → logits (B, n, buckets) of the next code.
 
         cache: [], filled with each block's keys and values; later calls give the new tokens alone.
         """
@@ -481,9 +481,9 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
     for k in tqdm(range(K), desc="ar-prior", disable=not bar):
         logits = guided(lambda token, text: model(token, text, cache)[:, -1], token, text, null,
                         guidance_scale)
-        share = (logits / temperature).softmax(1).cumsum(1)
-        drawn = uniform[:, k + 1:k + 2] * share[:, -1:]
-        token = torch.searchsorted(share, drawn).clamp(max=buckets - 1)
+        cdf = (logits / temperature).softmax(1).cumsum(1)
+        drawn = uniform[:, k + 1:k + 2] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, drawn).clamp(max=buckets - 1)
         codes.append(token)
     return torch.cat(codes, 1)
 

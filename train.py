@@ -3,8 +3,8 @@
 In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
-Each stage's loss stands in its own file. Here stand the recipes, each loss's inputs, and one loop
-for all: AdamW and a running average of the weights (EMA).
+Each stage's file defines its loss. This file has the recipes, each loss's inputs, and one loop for
+all: AdamW and a running average of the weights (EMA).
 The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
 
 Row n of step k draws its scene, caption, timestep and noise from random numbers seeded by
@@ -73,18 +73,18 @@ class Recipe:
     at_once: int = 1 << 20     # rows a piece (gradient accumulation); not for clip
     recompute: bool = False    # clip: gradient checkpointing of each block
     loss: dict = field(default_factory=dict)  # options of the stage's loss function
-    near: tuple = (0.0, 0.0)   # clip: from, to, shares of the steps; compares near misses alone
+    near: tuple = (0.0, 0.0)   # clip: the part of the run that compares near misses alone
     scale: float = 100.0       # clip: upper limit of the inverse temperature
 
 
 # Not in the paper: z_i holds all that a caption says, so only rows without z_i teach the caption
-HEARD = {"drop_z_i": 0.3, "drop_caption": 0.3, "time_power": 0.5}
+DROPS = {"drop_z_i": 0.3, "drop_caption": 0.3, "time_power": 0.5}
 RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, warm-up; the rest by name
     "shapes": {
         "clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.5, 0.75), scale=15.0),
         "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
         "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
-        "decoder": Recipe(256, 10500, 1e-3, ema_decay=0.9995, at_once=64, loss=HEARD),
+        "decoder": Recipe(256, 10500, 1e-3, ema_decay=0.9995, at_once=64, loss=DROPS),
         "upsample-256": Recipe(64, 12000, 1e-3, ema_decay=0.999, loss={"time_power": 2}),
         "upsample-1024": Recipe(16, 8000, 1e-3, ema_decay=0.999, loss={"time_power": 3})},
     "laptop": {
@@ -111,7 +111,7 @@ class Context:
     picture: Callable          # (number, side) → a Pillow picture of the training set
     device: torch.device
     seed: int
-    low: bool                  # compute in bfloat16
+    bf16: bool                 # compute in bfloat16
     recipe: Recipe
     config: object = None      # sizes of the stage's network
     tokenizer: object = None   # clip's
@@ -146,7 +146,7 @@ def prior_batch_loss(model, batch, context, generators, loss=prior.prior_loss):
 
 
 def decoder_batch_loss(model, batch, context, generators):
-    """The decoder's loss of (images, captions), and for folders numbers (§2.1).
+    """The decoder's loss of (images, captions[, numbers in a folder]) (§2.1).
 
     With --given caption z_i is always dropped, the caption in 20%, as in GLIDE.
     """
@@ -186,7 +186,7 @@ def update_ema(ema, model, step, decay):
 
 
 def row_generators(seed, step, rows, held_out=False):
-    """A torch.Generator a row, of (seed, step, row) alone; its numbers are not its scene's."""
+    """A torch.Generator a row, of seed, step, row and split (odd: ShapeBatches.rng has even)."""
     return [seeded(seed, step, row, 2 * held_out + 1) for row in rows]
 
 
@@ -202,7 +202,7 @@ class Loss(torch.nn.Module):
         first, last = (round(share * recipe.steps) for share in recipe.near)
         context = replace(c, alone=first <= step < last and not held_out)
         torch.manual_seed(c.seed + step * recipe.batch_size + rows[0])  # dropout, drawn by piece
-        with torch.autocast(c.device.type, torch.bfloat16, enabled=c.low):
+        with torch.autocast(c.device.type, torch.bfloat16, enabled=c.bf16):
             generators = row_generators(c.seed, step, rows, held_out)
             return self.loss_of(self.model, batch, context, generators)
 
@@ -210,15 +210,15 @@ class Loss(torch.nn.Module):
 def add_gradients(loss, batch, step, context, held_out=False):
     """The mean loss of this process's rows; adds its gradients piece by piece, if they are on."""
     (rank, world), recipe = ranks(), context.recipe
-    batch, total, rows = to_device(batch, context.device), 0, recipe.batch_size // world
-    for first in range(0, rows, recipe.at_once):
-        last = min(first + recipe.at_once, rows)
-        waits = last < rows and isinstance(loss, DistributedDataParallel)
+    batch, total, count = to_device(batch, context.device), 0, recipe.batch_size // world
+    for first in range(0, count, recipe.at_once):
+        last = min(first + recipe.at_once, count)
+        waits = last < count and isinstance(loss, DistributedDataParallel)
         sync = loss.no_sync() if waits else contextlib.nullcontext()  # once, with the last piece
-        with sync, attention_kernel(context.device, context.low):
-            numbers = range(rank * rows + first, rank * rows + last)
-            value = loss(tuple(part[first:last] for part in batch), step, numbers, held_out)
-            value = value * ((last - first) / rows)
+        with sync, attention_kernel(context.device, context.bf16):
+            rows = range(rank * count + first, rank * count + last)
+            value = loss(tuple(part[first:last] for part in batch), step, rows, held_out)
+            value = value * ((last - first) / count)
             if value.requires_grad:
                 value.backward()
         total += value.item()
@@ -227,8 +227,8 @@ def add_gradients(loss, batch, step, context, held_out=False):
 
 def to_device(batch, device):
     """uint8 pictures of a batch to the device, as floats in [-1, 1]; the rest as it is."""
-    pixels = [getattr(part, "dtype", None) == torch.uint8 for part in batch]
-    return tuple(to_floats(x.to(device)) if p else x for x, p in zip(batch, pixels))
+    return tuple(to_floats(x.to(device)) if getattr(x, "dtype", None) == torch.uint8 else x
+                 for x in batch)
 
 
 @dataclass
@@ -321,7 +321,7 @@ def build(stage, context, init=None):
         if not same_sizes(asdict(other.config), asdict(config)):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
         model.load_state_dict(other.state_dict())
-    model.load_state_dict(context.codes, strict=False)
+    model.load_state_dict(context.codes, strict=False)  # ar-prior
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules():
         if recipe.recompute and isinstance(block, clip_embed.ResidualAttentionBlock):
@@ -394,16 +394,16 @@ def prepare(stage, args, device):
     batches, picture = ShapeBatches, partial(shapes.fixed_picture, args.seed)
     if args.data and not args.dry_run:
         batches, picture = partial(FolderBatches, args.data), args.data.picture
-    low = {"auto": device.type == "cuda", "bfloat16": True, "float32": False}[args.precision]
+    bf16 = {"auto": device.type == "cuda", "bfloat16": True, "float32": False}[args.precision]
     context = Context(partial(batches, crops=upsample.training_crops), picture, device, args.seed,
-                      low, recipe, extra={"data": args.data and args.data.mark})
+                      bf16, recipe, extra={"data": args.data and args.data.mark})
     with first_before_others():
         STAGES[stage].prepare(context, args)
     return context
 
 
 def prepare_clip(context, args):
-    """A tokenizer, its merges learned from 2,000 captions, and a config."""
+    """A tokenizer, merges learned from up to 2,000 captions, and a config."""
     captions = args.data.captions if args.data else shapes.corpus()
     merges = clip_embed.learn_bpe(captions[::math.ceil(len(captions) / 2000)])
     context.tokenizer = clip_embed.Tokenizer(merges)
@@ -500,7 +500,7 @@ def prior_sheet(model, batch, context, sample=prior.sample):
 
 
 def decoder_sheet(model, batch, context):
-    """Eight pictures above decodings of their z_i (or of --given) and captions."""
+    """Eight pictures above decodings of z_i (or --given) and captions, in 25 steps."""
     batch = [part[:8] for part in batch]
     text, null = context.frozen.encode_texts(batch[1])
     z_i = z_i_of_batch(batch, text, context) * (context.given != "caption")
@@ -509,7 +509,7 @@ def decoder_sheet(model, batch, context):
 
 
 def upsampler_sheet(model, batch, context):
-    """Two pictures: the enlarged condition, the upsampler's, the truth."""
+    """Two pictures: enlarged bicubically, upsampled, and the truth."""
     size, images = model.config.image_size, []
     for n in context.shown:
         truth = context.picture(n, size)
@@ -559,7 +559,7 @@ def dry_run(stage, args, device):
 
 def images_a_second(stage, context):
     """The speed of a training step with a piece of a batch."""
-    rows = min(context.recipe.at_once, context.recipe.batch_size)
+    rows = min(context.recipe.at_once * ranks()[1], context.recipe.batch_size)
     run = build(stage, replace(context, recipe=replace(context.recipe, batch_size=rows)))
     began = time.perf_counter()
     add_gradients(run.loss, run.batches("train")[0], 0, run.context)

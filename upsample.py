@@ -129,8 +129,8 @@ def eps_from_residual(x_t, condition, output, alpha_t):
     """
     r, variance = noisy_residual(x_t, condition, alpha_t)
     share = torch.sigmoid(output[:, 3:] + math.log(RESIDUAL ** 2) - variance.log())
-    factor = (variance * RESIDUAL ** 2 / (variance + RESIDUAL ** 2)).sqrt()
-    x_0 = condition + share * r + factor * output[:, :3]
+    c_out = (variance * RESIDUAL ** 2 / (variance + RESIDUAL ** 2)).sqrt()
+    x_0 = condition + share * r + c_out * output[:, :3]
     return (x_t - alpha_t.sqrt() * x_0) / (1 - alpha_t).sqrt()
 
 
@@ -242,7 +242,7 @@ class Upsampler(nn.Module):
 
 def gaussian_blur(images, sigma=0.6):
     """Blur (B, C, H, W) by a 3×3 Gaussian kernel, its borders mirrored (§2.1; appendix C)."""
-    kernel = torch.exp(-torch.tensor([-1.0, 0.0, 1.0]) ** 2 / (2 * sigma ** 2))
+    kernel = torch.exp(-torch.tensor([1.0, 0.0, 1.0]) / (2 * sigma ** 2))
     kernel = (kernel / kernel.sum()).to(images)
     C = images.shape[1]
     x = F.pad(images, (1, 1, 1, 1), "reflect")
@@ -269,8 +269,8 @@ def bsr_degrade(picture, rng):
     def noise(p):
         pixels = np.asarray(p, np.float32)
         channels = 1 if rng.random() < 0.4 else 3
-        speckle = rng.normal(0, rng.uniform(1, 8), (*pixels.shape[:2], channels))
-        return Image.fromarray((pixels + speckle).round().clip(0, 255).astype(np.uint8))
+        grain = rng.normal(0, rng.uniform(1, 8), (*pixels.shape[:2], channels))
+        return Image.fromarray((pixels + grain).round().clip(0, 255).astype(np.uint8))
 
     def jpeg(p):
         file = io.BytesIO()
@@ -342,7 +342,7 @@ def ladder(steps, top, power=1.0):
 
 
 def top_step(alphas_cumprod, signal=0.015):
-    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; not in the paper).
+    """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; chosen here).
 
     At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
     """
@@ -353,7 +353,7 @@ def top_step(alphas_cumprod, signal=0.015):
 def sample(model, low, generators, steps=None, bar=False):
     """Images (B, 3, 4h, 4h) in [-1, 1] from low (B, 3, h, h) (§2.1, table 3; DDIM eqs. 12, 16).
 
-    generators: one torch.Generator a picture; steps: the config's (27 and 15) if None.
+    generators: one torch.Generator a picture; steps: None for the config's.
     """
     c = model.config
     size = low.shape[-1] * c.image_size // c.low_size
@@ -372,7 +372,7 @@ def sample(model, low, generators, steps=None, bar=False):
         x, deviation = ddim_step(x_0, eps, alpha_t, alpha_s, c.eta)
         if s is not None and c.eta:
             x = x + deviation * randn(generators, x.shape, x.device)
-    return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # times 1; in float32, 0.99947
+    return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # Karlo's float32 ends × 0.99947
 
 
 def main():

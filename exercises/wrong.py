@@ -78,7 +78,7 @@ WRONG = {
          ("decoder_loss", "lets the bound train ε", "goes into it detached", [("eps.detach()", "eps")]),
          ("decoder_loss", "tosses one coin for both", "independently", [("torch.rand(2, generator=g)", "torch.rand(1, generator=g).expand(2)")]),
          ("decoder_loss", "swaps the two shares", "10% of the time and the caption 50%", [
-             ("drop[:, :1] < drop_z_i", "drop[:, :1] < drop_caption"), ("drop[:, 1] < drop_caption", "drop[:, 1] < drop_z_i")]),
+             ("dice[:, :1] < drop_z_i", "dice[:, :1] < drop_caption"), ("dice[:, 1] < drop_caption", "dice[:, 1] < drop_z_i")]),
          ("decoder_loss", "draws one timestep for all", "drawn evenly", [
              ("torch.rand((), generator=g)", "torch.rand((), generator=generators[0].manual_seed(0))")]),
          ("decoder_loss", "draws all timesteps alike whatever time_power says", "two thirds of T", [("u ** time_power", "u")]),

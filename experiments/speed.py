@@ -124,7 +124,7 @@ def count_memory(stage, args, device):
 def measure(stage, args, device, peak):
     """One row of the table of speed, as a list of strings."""
     context = prepare(stage, args, device)
-    recipe, low = context.recipe, context.low
+    recipe, low = context.recipe, context.bf16
     model = train.STAGES[stage].network(context.config).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch = train.to_device(context.batches(stage, recipe.batch_size, 0, context.config)[0], device)
