@@ -5,9 +5,9 @@ Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM 
 
 A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also sees a
 context: the caption's states and four tokens made from z_i. z_i and one vector of the caption are
-added to the timestep embedding too. It predicts the noise ε and each step's variance (Improved
-DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped 10% of the
-time and the caption 50%, so that sampling can be guided: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
+added to the timestep embedding too. The network predicts the noise ε and each step's variance
+(Improved DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped
+10% of the time and the caption 50%, for guidance: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
 Sampling is ancestral, or DDIM, which run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 from clip_embed import UserError, one_line_errors  # noqa: E402
 
-COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/*.md", "docs/*.png", "docs/*.txt", "docs/pictures/*", "weights/*.py", "data/*.py", "weights/shapes/*",
-          "exercises/pages/*.png")
+COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "docs/*.md", "docs/*.png", "docs/*.txt",
+          "docs/pictures/*", "weights/*.py", "data/*.py", "weights/shapes/*", "exercises/pages/*.png")
 
 
 def find(tree, name):

@@ -46,7 +46,7 @@ def training(path, stage, stack):
     checkpoint = read_checkpoint(path, stage)
     try:
         record = checkpoint.get("trained") or checkpoint["training"]
-        steps, batch = record["step"], record["recipe"]["batch_size"]
+        steps, batch, loss = record["step"], record["recipe"]["batch_size"], record["recipe"].get("loss", {})
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say how long it was trained") from None
     one = captions_of(batch, 0)  # as in training: operations grow with the longest caption
@@ -54,7 +54,8 @@ def training(path, stage, stack):
     z_i = embed(stack, true_scenes(one, 0)).to(text["z_t"].device)
     network = stack[stage].requires_grad_(True)
     with torch.enable_grad():
-        count = operations(lambda: LOSSES[stage](network, z_i, text, null).backward())
+        count = operations(lambda: LOSSES[stage](network, z_i, text, null, sample.generators("prior", 0, range(batch)),
+                                                 **loss).backward())
     network.requires_grad_(False).zero_grad()
     return steps, count
 

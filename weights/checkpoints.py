@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import warnings
 
 import torch
 
@@ -18,7 +19,9 @@ from clip_embed import UserError
 def reading(path, expected, kind="checkpoint"):
     """Turn any error of reading a foreign file (zip, json, pickle, torch) into one UserError."""
     try:
-        yield
+        with warnings.catch_warnings():  # torch warns of odd pickles; UserError says what matters
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except FileNotFoundError:
