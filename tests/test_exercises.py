@@ -118,7 +118,7 @@ def test_blanks_of_the_stage_files_differ_from_them_in_the_exercises_bodies_alon
 
 COMMON = {  # what a solution has in common with other code, and gives nothing of it away
     "torch.autocast(z_i.device.type, enabled=False)", "math.sqrt(c.embed_dim) if c.unit_norm else 1",
-    "text['mask'][:, :c.text_context]",
+    "text['mask'][:, :c.text_context]", "alpha_t = float(alphas_cumprod[t])",
     # random numbers, row by row, as in all losses
     "torch.randint(1000, (1,), generator=g)",
     "[torch.rand(1, generator=g) for g in generators]", "torch.cat([torch.rand(1, generator=g) for g in generators])",
