@@ -23,6 +23,7 @@ record in the checkpoints, and avoids them. Columns:
 
 import argparse
 import json
+import os
 import sys
 import time
 from itertools import permutations
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,7 +63,8 @@ def trained_on(path, stage):
         batches, steps = ShapeBatches(stage, record["recipe"]["batch_size"], record["seed"], None), range(record["step"])
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say which captions it was trained on") from None
-    return {caption for k in tqdm(steps, f"captions of {stage}") for caption in batches[k][1]}
+    loader = DataLoader(batches, batch_size=None, sampler=steps, num_workers=os.cpu_count())
+    return {caption for _, captions in tqdm(loader, f"captions of {stage}") for caption in captions}
 
 
 def unseen_captions(n, seed, seen):
