@@ -301,7 +301,7 @@ def test_a_submission_cannot_talk_the_grader_into_points_or_outlive_it(tmp_path)
     (copy / "upsample.py").write_text(attacked("upsample", {"gaussian_blur": leave}), encoding="utf-8")
     (copy / "prior.py").symlink_to(ROOT / "prior.py")
     os.mkfifo(copy / "manipulate.py")
-    out = grader(copy, "--seconds", 3, "--out", tmp_path / "results.json", cwd=tmp_path, timeout=180)
+    out = grader(copy, "--seconds", 8, "--out", tmp_path / "results.json", cwd=tmp_path, timeout=180)
     tests = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["tests"]
     right = {line.partition(":")[0] for test in tests for line in test["output"].splitlines() if line.endswith(": right")}
     assert right == {"decoder.AttentionBlock.forward", "decoder.Decoder.inject", "upsample.cosine_schedule", "upsample.q_sample",
