@@ -270,11 +270,9 @@ def row_of(start):
     return (exact or found)[0]
 
 
-def test_link(label, path):
-    """A link to a test by its name's words; its line is found."""
-    name = "test_" + label.replace(" ", "_")
-    begin, _ = lines_of(path, name)
-    return f'<li><a href="../../{path}#L{begin}">{html.escape(label)}</a></li>'
+def test_line(label, path):
+    """The line of a test, by its name's words. Exits if it is gone."""
+    return lines_of(path, "test_" + label.replace(" ", "_"))[0]
 
 
 def aside(rows, exercises):
@@ -292,7 +290,9 @@ def aside(rows, exercises):
     if choices:
         out += "<h3>What the paper leaves open, and what we do</h3>" + "".join(choices)
     if tests:
-        out += "<h3>Checked by</h3><ul>" + "".join(test_link(*test) for test in tests) + "</ul>"
+        links = (f'<li><a href="../../{path}#L{test_line(label, path)}">{html.escape(label)}</a></li>'
+                 for label, path in tests)
+        out += "<h3>Checked by</h3><ul>" + "".join(links) + "</ul>"
     for number in exercises:
         page = next((ROOT / "exercises/pages").glob(f"{number:0>2}-*.md"), None)
         if page is None:
@@ -398,7 +398,7 @@ def page(name):
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
-<style>{STYLE}</style>
+<link rel="stylesheet" href="style.css">
 </head>
 <body>
 <nav aria-label="Pages">{links}</nav>
@@ -410,9 +410,6 @@ def page(name):
 </body>
 </html>
 """
-
-
-STYLE = (PAGES / "style.css").read_text(encoding="utf-8") if (PAGES / "style.css").exists() else ""
 
 
 def renumbered_map():
@@ -428,7 +425,7 @@ def renumbered_map():
 
     def test(match):
         label, path = match.groups()
-        return f"[{label}](../{path}#L{lines_of(path, 'test_' + label.replace(' ', '_'))[0]})"
+        return f"[{label}](../{path}#L{test_line(label, path)})"
 
     return re.sub(r"\[([^\]`/]+)\]\(\.\./(tests/\w+\.py)(?:#L\d+)?\)", test, text)
 
