@@ -12,11 +12,12 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long or wants the machine to itself; run with `python -m pytest -m slow`")
+    config.addinivalue_line("markers", "slow: takes long; run with `python -m pytest -m slow`")
+    config.addinivalue_line("markers", "alone: slow, and measures time or memory, so it wants the machine to itself")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
+    if not config.option.markexpr:
         skipped = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=skipped)
         items[:] = [item for item in items if item not in skipped]

@@ -425,6 +425,7 @@ print(time.process_time() - began)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["txt", "jsonl", "tar"])
 def test_a_hundred_thousand_captions_are_listed_in_5_seconds_and_300_megabytes(layout, tmp_path):
@@ -449,6 +450,7 @@ def test_a_hundred_thousand_captions_are_listed_in_5_seconds_and_300_megabytes(l
     assert out[:2] == ["100000", "0"] and seconds < max(5, 8 * yardstick) and int(out[3]) < 300_000
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_core_decodes_75_photographs_a_second(tmp_path):
     """150 on two cores: 256-pixel JPEGs with a photograph's detail, decoded and cut for the decoder, the upsampler and a CLIP of 224."""

@@ -265,6 +265,7 @@ def grader(*arguments, **options):
     return run.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_grading_a_full_copy_takes_under_three_minutes_and_gives_all_points_or_none(tmp_path):
     began = time.monotonic()

@@ -56,6 +56,7 @@ def test_rivals_are_scenes_that_the_caption_is_wrong_of():
         assert caption_accuracy.judge(scene, caption)["all"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_speed_of_every_stage_can_be_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "seconds", lambda run, device: (run(), 2.0)[1])

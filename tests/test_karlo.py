@@ -244,6 +244,7 @@ print(peak, largest)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of anonymous memory")
 def test_at_the_true_sizes_a_step_of_each_stage_needs_little_more_than_the_largest_stage(tmp_path):

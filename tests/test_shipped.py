@@ -49,6 +49,7 @@ def run_for(arguments):
     return [Path(path) for path in paths], time.perf_counter() - began, int(peak)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_caption_becomes_1024_pixels_in_a_minute_and_2_gigabytes(tmp_path):
     paths, seconds, peak = run_for(["a large red circle above a small blue star", "--out", str(tmp_path)])
@@ -56,6 +57,7 @@ def test_a_caption_becomes_1024_pixels_in_a_minute_and_2_gigabytes(tmp_path):
     assert Image.open(paths[0]).size == (1024, 1024) and seconds < 60 and peak < 2e9
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_16_captions_at_64_pixels_in_45_seconds(tmp_path):
     paths, seconds, _ = run_for(["a striped heart left of a cross"] * 16 + ["--size", "64", "--out", str(tmp_path)])
