@@ -119,7 +119,7 @@ class Tokenizer:
         vocab += ["".join(m) for m in self.merges] + [START, END]
         self.ids = {token: n for n, token in enumerate(vocab)}
         self.start, self.end, self.pad = self.ids[START], self.ids[END], pad
-        self.tokens, self.context_length, self.cuts = vocab, context_length, 0
+        self.tokens, self.context_length, self.told_of_cuts = vocab, context_length, False
         self.known = {START: [self.start], END: [self.end]}  # text may spell them (OpenAI)
 
     def __len__(self):
@@ -152,18 +152,22 @@ class Tokenizer:
         return raw.decode("utf-8", "replace").strip()
 
     def __call__(self, texts):
-        """Captions → (B, context_length) int64, longer ones cut, ten times with a warning."""
+        """Captions → (B, context_length) int64, longer ones cut."""
+        ids = [self.encode(text) for text in texts]
+        self.tell_of_cuts([len(row) + 2 for row in ids])
         out = torch.full((len(texts), self.context_length), self.pad)
-        for row, text in zip(out, texts):
-            ids = self.encode(text)
-            if len(ids) > self.context_length - 2:
-                self.cuts += 1
-                if self.cuts <= 10:
-                    print(f"caption cut from {len(ids)} to {self.context_length - 2} tokens: "
-                          f"{text[:60]!r}…", file=sys.stderr)
-                ids = ids[:self.context_length - 2]
-            row[:len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
+        for row, tokens in zip(out, ids):
+            tokens = [self.start, *tokens[:self.context_length - 2], self.end]
+            row[:len(tokens)] = torch.tensor(tokens)
         return out
+
+    def tell_of_cuts(self, lengths):
+        """Say, the first time only, how many captions of these lengths will be cut."""
+        cut = sum(length > self.context_length for length in lengths)
+        if cut and not self.told_of_cuts:
+            print(f"{cut} of {len(lengths)} captions have more than {self.context_length - 2} "
+                  "tokens and are cut (said once)", file=sys.stderr)
+            self.told_of_cuts = True
 
     def mask(self, ids):
         """(B, L) bool: True up to and with each caption's first end token, False on padding."""

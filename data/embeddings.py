@@ -105,8 +105,9 @@ def embed_folder(frozen, data, out, workers):
         return
     shutil.rmtree(folder, ignore_errors=True)
     part, c, captions = folder.with_suffix(".part"), frozen.clip.config, [*data.captions, ""]
-    lengths = [min(len(frozen.tokenizer.encode(caption)) + 2, c.context_length)
-               for caption in captions]
+    lengths = [len(frozen.tokenizer.encode(caption)) + 2 for caption in captions]
+    frozen.tokenizer.tell_of_cuts(lengths[:-1])
+    lengths = [min(length, c.context_length) for length in lengths]
     n, rows = len(captions), sum(lengths)
     shapes = (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (rows,)),
               ("<f2", (rows, c.text_width)), ("<f4", (n, c.embed_dim)))

@@ -50,9 +50,11 @@ def test_start_tokens_end_padding_and_mask(tokenizer):
     assert tokenizer.mask(ids).sum(1).tolist() == [5, 2]
 
 
-def test_a_caption_over_75_tokens_is_cut_with_a_warning(tokenizer, capsys):
-    ids = tokenizer(["a " * 100])
-    assert ids[0, -1] == tokenizer.end and "cut from 100 to 75" in capsys.readouterr().err
+def test_captions_over_75_tokens_are_cut_and_said_once_with_their_number(tokenizer, capsys):
+    ids = tokenizer(["a " * 100, "a red star", "a " * 76, "a " * 75])
+    assert (ids[[0, 2, 3], -1] == tokenizer.end).all() and ids[0, :-1].tolist() == [tokenizer.start, *tokenizer.encode("a " * 75)]
+    tokenizer(["a " * 100])
+    assert capsys.readouterr().err == "2 of 4 captions have more than 75 tokens and are cut (said once)\n"
 
 
 def test_both_ways_in_for_pictures_agree():

@@ -344,6 +344,15 @@ def test_the_cache_says_what_clip_says(cached, tmp_path):
     assert torch.allclose(frozen.z_i[5], clip.encode_image(clip_embed.preprocess(clip_embed.to_square(picture, 64), 64))[0], atol=0.02)
 
 
+def test_a_folders_long_captions_are_counted_before_they_are_cut_and_said_once(cached, tmp_path, capsys):
+    texts = sorted((tmp_path / "photos").glob("*.txt"))
+    for path in texts[:3]:
+        path.write_text("red " * 100)
+    assert cached("decoder") > 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "are cut" in line]
+    assert said == ["3 of 39 captions have more than 75 tokens and are cut (said once)"]
+
+
 def test_a_cache_serves_every_stage_and_is_made_anew_for_other_data_another_clip_or_after_damage(cached, drawn, tmp_path, monkeypatch, capsys):
     runs, photos = tmp_path / "runs", tmp_path / "photos"
     assert cached("decoder") == 0
