@@ -44,7 +44,7 @@ import prior
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_floats, to_tensor
 from data import shapes
-from data.charts import plot_loss, write_csv
+from data.charts import write_report
 from data.embeddings import FrozenCLIP, embed_folder, embed_scenes
 from data.folder import FolderBatches, TooFew, gather
 from data.processes import (asked_to_stop, attention_kernel, first_before_others, gather_rows,
@@ -373,12 +373,9 @@ def save(run, path):
 
 @torch.no_grad()
 def report(run, batch, path):
-    """Write a Run's CSV, loss curve and sample sheet beside its checkpoint."""
-    write_csv(run.rows, path.with_suffix(".csv"))
-    plot_loss(run.rows, path.with_name(f"{run.stage}-loss.png"))
-    batch = to_device(batch, run.context.device)
-    sheet = STAGES[run.stage].sheet(run.ema, batch, run.context)
-    sheet.save(path.with_name(f"{run.stage}-samples.png"))
+    """Write a Run's CSV, loss curve and sample sheet beside its checkpoint. Raises UserError."""
+    sheet = STAGES[run.stage].sheet(run.ema, to_device(batch, run.context.device), run.context)
+    write_report(run.rows, sheet, path)
 
 
 def prepare(stage, args, device):

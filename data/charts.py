@@ -6,6 +6,22 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from clip_embed import UserError
+
+
+def write_report(rows, sheet, path):
+    """Write a training's rows (NAME.csv, NAME-loss.png) and its sample sheet, a Pillow image
+    (NAME-samples.png), beside its checkpoint NAME.pt. Raises UserError, for example of a full disk.
+    """
+    try:
+        write_csv(rows, path.with_suffix(".csv"))
+        plot_loss(rows, path.with_name(f"{path.stem}-loss.png"))
+        sheet.save(path.with_name(f"{path.stem}-samples.png"))
+    except OSError as error:
+        raise UserError(f"{path.stem}: its curve and samples could not be written to {path.parent} "
+                        f"({error}); the checkpoint is whole: make room, and go on with --resume"
+                        ) from None
+
 
 def write_csv(rows, path):
     """Write a training's rows: (step, training loss, images a second, held-out loss or None)."""

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clip_embed import CLIP, Tokenizer, encode_captions, encode_pictures, to_floats
+from clip_embed import (CLIP, Tokenizer, UserError, encode_captions, encode_pictures,
+                        to_floats)
 from data.shapes import FixedScenes
 
 
@@ -98,13 +99,28 @@ def embed_folder(frozen, data, out, workers):
     """Set frozen.z_i and frozen.texts to those of a folder's Pictures, computed once.
 
     They are kept in a folder of `out` that is named by data and CLIP, and only when all is written.
+    Raises UserError, of a full disk too.
     """
     folder = out / f"cache-{data.mark}-{frozen.mark}"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         frozen.z_i, frozen.texts = load_embeddings(folder)
         return
     shutil.rmtree(folder, ignore_errors=True)
-    part, c, captions = folder.with_suffix(".part"), frozen.clip.config, [*data.captions, ""]
+    part = folder.with_suffix(".part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        write_embeddings(frozen, data, part, workers)
+        os.replace(part, folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)  # or it would keep the disk full
+        raise UserError(f"{folder}: could not be written ({error}): make room, and go on with "
+                        "--resume") from None
+    frozen.z_i, frozen.texts = load_embeddings(folder)
+
+
+def write_embeddings(frozen, data, folder, workers):
+    """Write what load_embeddings reads: z_i of a folder's Pictures, and texts of its captions."""
+    c, captions = frozen.clip.config, [*data.captions, ""]
     lengths = [len(frozen.tokenizer.encode(caption)) + 2 for caption in captions]
     frozen.tokenizer.tell_of_cuts(lengths[:-1])
     lengths = [min(length, c.context_length) for length in lengths]
@@ -112,9 +128,8 @@ def embed_folder(frozen, data, out, workers):
     shapes = (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (rows,)),
               ("<f2", (rows, c.text_width)), ("<f4", (n, c.embed_dim)))
     kinds = {name: kind for name, (kind, _) in zip(NAMES, shapes)}
-    part.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(part / f"{name}.npy", "wb")) for name in NAMES}
+        files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in NAMES}
 
         def write(name, values):
             files[name].write(np.asarray(values.cpu(), kinds[name]).tobytes())
@@ -133,5 +148,3 @@ def embed_folder(frozen, data, out, workers):
             write("tokens", text["tokens"][text["mask"]])
             write("states", text["states"][text["mask"]])
             write("z_t", text["z_t"])
-    os.replace(part, folder)
-    frozen.z_i, frozen.texts = load_embeddings(folder)

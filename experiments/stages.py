@@ -31,7 +31,7 @@ from common import decode, draw, to_images
 from priors import embed
 from data.shapes import attributes_in_caption, describe, random_scene
 
-COLUMNS = ("shape", "colour", "size", "fill", "relation", "background", "bound", "all")
+COLUMNS = ("count", "shape", "colour", "size", "fill", "relation", "background", "bound", "all")
 
 
 def enlarged(stack, images, seed, device):
