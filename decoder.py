@@ -515,11 +515,12 @@ def main():
     add("--out", type=Path, default=Path("decoder.png"), help="the strip")
     args = parser.parse_args()
     import clip_embed as ce
-    from weights.checkpoints import fingerprint, load_model, read_checkpoint
+    from weights.checkpoints import check_out, fingerprint, load_model, read_checkpoint
     with ce.one_line_errors():
         ce.check_ranges(args, steps=(2, 950), seed=(0, 1 << 48))
         if args.out.suffix != ".png":
             raise ce.UserError(f"--out {args.out}: must end in .png")
+        check_out(args.out, args.picture)
         device, picture = ce.pick_device(args.device), ce.open_picture(args.picture)
         path, clip_path = args.weights / "decoder.pt", args.weights / "clip.pt"
         clip, tokenizer = ce.load_clip(clip_path)

@@ -34,6 +34,7 @@ import upsample
 from clip_embed import (UserError, check_ranges, encode_captions, encode_pictures, one_line_errors,
                         open_picture, pick_device, psnr, to_picture, to_square)
 from sample import BATCH, generators, in_batches, rows, save_png
+from weights.checkpoints import check_out, read_checkpoint
 from weights.latents import load_latent, save_latent
 from weights.stack import SHIPPED, SIZES, load_stack
 
@@ -311,17 +312,19 @@ def check_arguments(args):
     check_ranges(args, n=(1, 1000), eta=(0, 1), frames=(2, 1000), rows=(1, 100), max=(0, 1),
                  components=(0, 1 << 20), steps=(2, 950), seed=(0, 1 << 48))
     suffixes = [Path(path).suffix for path in args.save_latent]
-    if suffixes and suffixes != [".pt"] * len(args.pictures):
+    if suffixes and (suffixes != [".pt"] * len(args.pictures)
+                     or len({*args.save_latent}) < len(suffixes)):
         raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of "
-                        f"the {len(args.pictures)} pictures")
-    is_strip = args.out.suffix == ".png"
-    if not is_strip and args.out.suffix.lower() in Image.registered_extensions():
+                        f"the {len(args.pictures)} pictures, each another")
+    if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png")
-    for path in [*map(Path, args.save_latent), args.out if is_strip else args.out / "frame"]:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path.parent}: cannot write there ({error})") from None
+    if args.command == "textdiff" and args.source == args.to:
+        raise UserError("--from and --to: the two captions of a text diff must differ")
+    for path in map(Path, args.save_latent):
+        check_out(path)
+        if path.exists():  # a code may be overwritten, a checkpoint not
+            read_checkpoint(path, "latent", writer="manipulate.py --save-latent")
+    check_out(args.out, *args.pictures)
 
 
 def run(args, stack, pairs, caption, steps):

@@ -37,6 +37,7 @@ import decoder
 import prior
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_picture
+from weights.checkpoints import check_out
 from weights.stack import PRIORS, SHIPPED, SIZES, load_stack
 
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
@@ -218,7 +219,7 @@ def gather_captions(arguments, file):
         raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
     captions += [line.strip() for line in lines if line.strip()]
     if not captions:
-        raise UserError("no caption: give one, as in  "
+        raise UserError(f"no caption{f' in --file {file}' if file else ''}: give one, as in  "
                         'python sample.py "a large red circle above a small blue star"')
     return captions
 
@@ -308,6 +309,7 @@ def main():
     with one_line_errors():
         args = parse_arguments()
         captions = gather_captions(args.captions, args.file)
+        check_out(args.out)
         size = args.size or max(s for s in SIZES if s == 64
                                 or (args.weights / f"upsample-{s}.pt").exists())
         stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind,

@@ -259,7 +259,7 @@ def train(stage, args, device):
     """
     path = args.out / f"{stage}.pt"
     run = begin(stage, args, device, path)
-    context, recipe, began, first = run.context, run.context.recipe, time.time(), run.step
+    context, recipe, began, first = run.context, run.context.recipe, time.perf_counter(), run.step
     held_out = [run.batches("validation")[k] for k in range(VALIDATION)]
     loader = DataLoader(run.batches("train"), batch_size=None, num_workers=args.workers,
                         sampler=range(run.step, recipe.steps), worker_init_fn=ignore_stops,
@@ -278,7 +278,7 @@ def train(stage, args, device):
             update_ema(run.ema, run.model, run.step, recipe.ema_decay)
             run.step += 1
             run.recent.append(loss)
-            speed = (run.step - first) * recipe.batch_size / (time.time() - began)
+            speed = (run.step - first) * recipe.batch_size / (time.perf_counter() - began)
             shown = f"loss={np.mean(run.recent[-100:]):.4f}, images_s={speed:.0f}"
             bar.set_postfix_str(shown, refresh=False)
             due = run.step == recipe.steps or run.step % args.save_every == 0
@@ -303,7 +303,8 @@ def begin(stage, args, device, path):
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere by --out")
     run = build(stage, prepare(stage, args, device))
     saved, context = read_checkpoint(path, stage), run.context
-    state = training_state(saved, context.config, context.extra | {"seed": args.seed}, path)
+    state = training_state(saved, context.config, context.extra | {"seed": args.seed}, path,
+                           args.steps)
     run.model.load_state_dict(state["model"])
     run.ema.load_state_dict(saved["model"])  # the averaged weights are what others load
     run.optimizer.load_state_dict(state["optimizer"])

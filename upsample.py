@@ -388,11 +388,12 @@ def main():
     add("--out", type=Path, default=Path("upsample.png"), help="bicubic and upsampled picture")
     args = parser.parse_args()
     import clip_embed as ce
-    from weights.checkpoints import load_model, read_checkpoint
+    from weights.checkpoints import check_out, load_model, read_checkpoint
     with ce.one_line_errors():
         ce.check_ranges(args, seed=(0, 1 << 48))
         if args.out.suffix != ".png":
             raise ce.UserError(f"--out {args.out}: must end in .png")
+        check_out(args.out, args.picture)
         device = ce.pick_device(args.device)
         x = small = ce.to_square(ce.open_picture(args.picture), 64).to(device)
         for size in (256, 1024) if args.size == 1024 else (256,):

@@ -303,7 +303,10 @@ def gather(folder, out, workers, few=False):
     if not os.path.isdir(root):
         raise UserError(f"--data {folder}: no such folder")
     rows, wrong = list_pictures(root)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error})") from None
     cache = out / f"checked-{digest([row[:3] for row in rows])}.json"
     checks = check_all(root, rows, cache, workers)
     wrong = [reason for *_, reason in checks if reason] + wrong

@@ -98,7 +98,10 @@ def one_at_a_time(train):
     """train(stage, args, device), but a second process that trains this checkpoint is refused."""
     @functools.wraps(train)
     def alone(stage, args, device):
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot write there ({error})") from None
         if ranks()[0]:  # torchrun's first process locks for all
             return train(stage, args, device)
         with open(args.out / f".{stage}.lock", "w") as file:

@@ -254,7 +254,7 @@ def inline(text, folder=""):
 def map_rows():
     """{first cell without asterisks: (choices, tests)} of the reading map's rows, Markdown."""
     found = {}
-    for line in source("docs/reading-map.md").partition("\n## ")[0].splitlines():
+    for line in renumbered_map().partition("\n## ")[0].splitlines():
         cells = [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
         if len(cells) == 4 and cells[1] != "code" and not set(cells[0]) <= set("-"):
             found[cells[0].replace("*", "")] = cells[1:]
@@ -412,6 +412,7 @@ def page(name):
 """
 
 
+@lru_cache
 def renumbered_map():
     """docs/reading-map.md with each link to a function opening its line."""
     def link(match):

@@ -121,6 +121,19 @@ def fingerprint(clip):
     return digest.hexdigest()[:16]
 
 
+def check_out(out, *inputs):
+    """Make out's folder (out itself, if it has no suffix) before the work. Raises UserError.
+
+    inputs: files that out must not be.
+    """
+    try:
+        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error})") from None
+    if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in inputs):
+        raise UserError(f"{out}: would be overwritten; give another name")
+
+
 def save_atomically(content, path):
     """torch.save beside the file, then rename: a crash or a full disk leaves the old file whole.
 
@@ -146,23 +159,25 @@ def same_sizes(saved, config):
     return differing <= {"guidance", "steps", "ladder_power", "candidates", "enough"}
 
 
-def training_state(checkpoint, config, settings, path):
+def training_state(checkpoint, config, settings, path, steps=None):
     """The training state of a checkpoint, for a training of `config` with the same settings.
 
-    settings: the seed, the data's mark, CLIP's fingerprint, … Raises UserError if a training cannot
-    go on from it.
+    settings: the seed, the data's mark, CLIP's fingerprint, … steps: how many are asked for, if any
+    are. Raises UserError if a training cannot go on from it.
     """
     state = checkpoint.get("training")
     if state is None:
         raise UserError(f"{path}: cannot be resumed, it has no optimizer state")
-    if not same_sizes(checkpoint["config"], vars(config)):
-        raise UserError(f"{path}: cannot be resumed, it has other sizes")
+    if steps and steps < state["step"]:
+        raise UserError(f"--steps {steps}: {path} has {state['step']} steps already")
     was = state.get("extra", {name: checkpoint.get(name) for name in settings})
     was = was | {"seed": state["seed"]}
     for name in was | settings:
         if was.get(name) != settings.get(name):
             raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
                             f"{was.get(name)!s:.40}, not {settings.get(name)!s:.40}")
+    if not same_sizes(checkpoint["config"], vars(config)):  # last: other captions change them too
+        raise UserError(f"{path}: cannot be resumed, it has other sizes")
     return state
 
 
@@ -171,16 +186,18 @@ def export(runs, folder, stages):
 
     Stages that are not trained yet are left out, but CLIP must be there. Raises UserError.
     """
+    paths = {stage: runs / f"{stage}.pt" for stage in stages}
+    there = [stage for stage in stages if stage == "clip" or paths[stage].exists()]
+    for stage in there:  # all are read before the first is written
+        if read_checkpoint(paths[stage], stage, mmap=True).get("training") is None:
+            raise UserError(f"{paths[stage]}: has no training state, it is an export already")
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        path = runs / f"{stage}.pt"
-        if stage != "clip" and not path.exists():
+    for stage, path in paths.items():
+        if stage not in there:
             print(f"{path}: not trained yet, left out", file=sys.stderr)
             continue
         checkpoint = read_checkpoint(path, stage)
-        training = checkpoint.pop("training", None)
-        if training is None:
-            raise UserError(f"{path}: has no training state, it is an export already")
+        training = checkpoint.pop("training")
         for name, tensor in checkpoint["model"].items():
             if stage != "clip":  # bfloat16's digits compress better; CLIP's name is its fingerprint
                 tensor = tensor.bfloat16()

@@ -227,6 +227,8 @@ def read_clip(path, bpe=None):
     """(CLIP in eval mode, Tokenizer) of the file or folder that clip_embed.load_clip describes."""
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
+        if (path / "clip.pt").exists() and not any((path / name).exists() for name in names):
+            raise UserError(f"{path}: is a run's folder; give its {path / 'clip.pt'}")
         path /= next((name for name in names if (path / name).exists()), names[0])
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
     layout, weights = dict, {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)
