@@ -65,13 +65,15 @@ class Pictures:
     def rows(self, split, side=0):
         """Numbers of a split's pictures of `side` pixels or more.
 
-        "validation" is the 3% whose names hash lowest. A single picture is in both splits.
+        "validation" is the 3% whose names hash lowest. Files whose names are equal up to "@" show
+        the same thing and stay together. If all do, or there is one picture, it is in both splits.
         """
         large = np.flatnonzero(self.sides >= side)
-        hashes = [zlib.crc32(self.names[k].encode("utf-8", "surrogateescape")) for k in large]
-        large = large[np.argsort(hashes, kind="stable")]
-        held_out = math.ceil(0.03 * len(large)) if len(large) > 1 else 0
-        return np.sort(large[held_out:] if split == "train" else large[:max(1, held_out)])
+        things = [re.sub("@[^/]*$", "", self.names[k]) for k in large]
+        hashes = np.array([zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in things])
+        most = np.sort(hashes)[:math.ceil(0.03 * len(large))].max(initial=0)
+        held_out = hashes <= most
+        return large[held_out if split == "validation" or held_out.all() else ~held_out]
 
     def check_count(self, size, batch_size):
         """Raise TooFew unless an upsampler to `size` pixels can fill a batch."""

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +274,22 @@ def test_each_epoch_shows_each_training_picture_once_and_ranks_share_a_batch(wri
         shard_of = np.array([int(file[:5]) for file, *_ in data.places])
         shards = shard_of[numbers(make(), range(12))]
         assert (np.diff(shards) != 0).sum() < 30 < (np.diff(shard_of[shown[:96]]) != 0).sum()
+
+
+def test_pictures_of_one_thing_are_held_out_together_and_other_names_as_before(tmp_path):
+    write_texts(tmp_path / "photos", {f"a@b/{k:03}@{version}.png": (png(64, k), [f"{k}"]) for k in range(60) for version in "xyz"})
+    data = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0)
+    things = {split: Counter(data.names[k].rpartition("@")[0] for k in data.rows(split)) for split in ("train", "validation")}
+    assert len(things["validation"]) == 2 and len(things["train"]) == 58  # 3% of 180 are 6
+    assert {*things["train"].values(), *things["validation"].values()} == {3}
+    names = [f"{k}.png" for k in range(1000)]  # without "@" the split stays what it was
+    plain = replace(data, names=names, sides=np.full(1000, 64))
+    lowest = sorted(range(1000), key=lambda k: zlib.crc32(names[k].encode()))[:30]
+    assert sorted(lowest) == list(plain.rows("validation")) and len(plain.rows("train")) == 970
+    for same in (["a@1.png", "a@2.png"], ["a.png"]):
+        some = replace(data, names=same, sides=np.full(len(same), 64))
+        assert list(some.rows("train")) == list(some.rows("validation")) == [*range(len(same))]
+    assert not len(data.rows("train", 256)) and not len(data.rows("validation", 256))
 
 
 def test_clip_s_batches_hold_no_picture_and_no_caption_twice(tmp_path):

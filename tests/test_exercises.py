@@ -174,7 +174,7 @@ def test_a_student_copy_imports_shows_help_and_has_a_readme_without_dead_links(t
            "    try:\n        runpy.run_path(name, run_name='__main__')\n"
            "    except SystemExit as stop:\n        assert not stop.code, name\n")
     out = subprocess.run([sys.executable, "-c", run, *scripts], cwd=copy, capture_output=True, text=True)
-    assert out.returncode == 0 and out.stdout.count("usage:") == len(scripts) == 8, out.stderr
+    assert out.returncode == 0 and out.stdout.count("usage:") == len(scripts) == 9, out.stderr
     for page in (name for name in names if name.endswith(".md")):
         text = (copy / page).read_text(encoding="utf-8")
         assert "pytest" not in text
