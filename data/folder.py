@@ -217,6 +217,8 @@ def captions_in_metadata(root, found):
         for line, file_name, caption in read_metadata(Path(root, name)):
             file_name = str(file_name).encode("utf-8", "replace").decode()
             picture = folder + slash + file_name.removeprefix("./")
+            if picture not in found:  # a table written on Windows
+                picture = folder + slash + file_name.replace("\\", "/").removeprefix("./")
             if picture not in found and (leads_out(file_name) or not is_inside(root, picture)):
                 raise UserError(f"{Path(root, name)}, line {line}: file_name {file_name!r} "
                                 "leads out of the folder")

@@ -58,6 +58,7 @@ def assert_same_end(one, other, stage):
     assert same(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "cache", "samples"])
 def test_a_full_disk_costs_one_line_and_nothing_else(what, disk, drawn, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
     write_texts(tmp_path / "photos", drawn)
