@@ -62,15 +62,19 @@ class Pictures:
         """Pictures as uint8 (B, 3, side, side)."""
         return torch.stack([to_tensor(self.picture(k, side)) for k in numbers])
 
+    def thing(self, k):
+        """What picture k shows: its name up to "@", which pictures of the same thing share."""
+        return re.sub("@[^/]*$", "", self.names[k])
+
     def rows(self, split, side=0):
         """Numbers of a split's pictures of `side` pixels or more.
 
-        "validation" is the 3% whose names hash lowest. Files whose names are equal up to "@" show
-        the same thing and stay together. If all do, or there is one picture, it is in both splits.
+        "validation" is the 3% of the things that hash lowest, with all their pictures. If there is
+        but one thing, it is in both splits.
         """
         large = np.flatnonzero(self.sides >= side)
-        things = [re.sub("@[^/]*$", "", self.names[k]) for k in large]
-        hashes = np.array([zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in things])
+        things = [self.thing(k).encode("utf-8", "surrogateescape") for k in large]
+        hashes = np.array([zlib.crc32(thing) for thing in things])
         most = np.sort(hashes)[:math.ceil(0.03 * len(large))].max(initial=0)
         held_out = hashes <= most
         return large[held_out if split == "validation" or held_out.all() else ~held_out]
@@ -346,10 +350,11 @@ class FolderBatches(Dataset):
     Row n depends on (seed, k, n) alone. Rows follow one endless order: each epoch has every picture
     of the split once, files (pictures, or shards) in random order, then shuffled within BUFFER
     places, so that shards are read nearly as they lie on the disk. A caption is drawn each time.
-    clip: images (b, 3, H, W) uint8 and captions, none twice in a batch (a held-out batch is as large
-    as that allows). Priors: numbers of pictures, and of captions. Decoder: images, numbers of
-    captions, and of pictures. Upsamplers: (high, low) crops by upsample.training_crops, one of each
-    picture. Raises UserError if a batch of clip needs more pictures.
+    clip: images (b, 3, H, W) uint8 and captions, no thing and no caption twice in a batch (a
+    held-out batch is as large as that allows). Priors: numbers of pictures, and of captions.
+    Decoder: images, numbers of captions, and of pictures. Upsamplers: (high, low) crops by
+    upsample.training_crops, one of each picture. Raises UserError if a batch of clip needs more
+    pictures.
     """
 
     def __init__(self, data, stage, batch_size, seed, config, rank=0, world=1, split="train",
@@ -362,7 +367,7 @@ class FolderBatches(Dataset):
         self.epoch, self.order = None, None
         if stage == "clip":
             captions = {data.captions[c] for k in self.rows for c in range(*data.first[k:k + 2])}
-            most = min(len(self.rows), len(captions))
+            most = min(len({data.thing(k) for k in self.rows}), len(captions))
             if most < batch_size and split == "train":
                 raise UserError(f"--batch-size {batch_size}: clip's batches hold nothing twice, and "
                                 f"there are {len(self.rows):,} pictures with {len(captions):,} "
@@ -391,9 +396,10 @@ class FolderBatches(Dataset):
             for j in range(len(rows)):
                 number = int(rows[(start + j) % len(rows)])
                 caption = int(rng.integers(*data.first[number:number + 2]))
-                if not clip or not taken & {number, data.captions[caption]}:
+                both = {data.thing(number), data.captions[caption]}
+                if not clip or not taken & both:
                     break
-            taken |= {number, data.captions[caption]}
+            taken |= both
             if n in self.own:
                 drawn.append((number, caption, rng))
         return drawn

@@ -282,6 +282,11 @@ def test_pictures_of_one_thing_are_held_out_together_and_other_names_as_before(t
     things = {split: Counter(data.names[k].rpartition("@")[0] for k in data.rows(split)) for split in ("train", "validation")}
     assert len(things["validation"]) == 2 and len(things["train"]) == 58  # 3% of 180 are 6
     assert {*things["train"].values(), *things["validation"].values()} == {3}
+    batches = captioned.FolderBatches(data, "clip", 40, 0, TINY[clip_embed])
+    for k in range(5):  # another drawing of the same thing would be a false negative
+        assert len({data.thing(number) for number, _, _ in batches.draw(k)}) == 40
+    with pytest.raises(UserError, match="at most 58"):
+        captioned.FolderBatches(data, "clip", 59, 0, TINY[clip_embed])
     names = [f"{k}.png" for k in range(1000)]  # without "@" the split stays what it was
     plain = replace(data, names=names, sides=np.full(1000, 64))
     lowest = sorted(range(1000), key=lambda k: zlib.crc32(names[k].encode()))[:30]
