@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip_embed import FORMATS, UserError, open_picture, to_tensor
+from data.processes import make_out
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 SMALLEST = 64     # pixels a side: smaller pictures are left out
@@ -311,10 +312,7 @@ def gather(folder, out, workers, few=False):
     if not os.path.isdir(root):
         raise UserError(f"--data {folder}: no such folder")
     rows, wrong = list_pictures(root)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error})") from None
+    make_out(out)
     cache = out / f"checked-{digest([row[:3] for row in rows])}.json"
     checks = check_all(root, rows, cache, workers)
     wrong = [reason for *_, reason in checks if reason] + wrong

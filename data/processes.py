@@ -94,14 +94,19 @@ def lock(file):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the data workers do not inherit it
 
 
+def make_out(out):
+    """Make the folder --out. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error})") from None
+
+
 def one_at_a_time(train):
     """train(stage, args, device), but a second process that trains this checkpoint is refused."""
     @functools.wraps(train)
     def alone(stage, args, device):
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot write there ({error})") from None
+        make_out(args.out)
         if ranks()[0]:  # torchrun's first process locks for all
             return train(stage, args, device)
         with open(args.out / f".{stage}.lock", "w") as file:
