@@ -3,6 +3,7 @@
 The disk is a small tmpfs, so these tests run as root on Linux only. (RLIMIT_FSIZE in test_training.py stands in elsewhere.)
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 
 import train
 from test_data import drawn, run, tiny, write_texts  # noqa: F401 (fixtures)
+from test_training import assert_same_end
 
 
 @pytest.fixture
@@ -42,22 +44,6 @@ def full(monkeypatch, capsys, *arguments):
     return said[0]
 
 
-def same(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def assert_same_end(one, other, stage):
-    """Two runs ended with the same weights, averages and moments, to the bit."""
-    ends = [torch.load(folder / f"{stage}.pt", weights_only=True) for folder in (one, other)]
-    for end in ends:
-        del end["training"]["rows"]  # speeds differ
-    assert same(*ends)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "cache", "samples"])
 def test_a_full_disk_costs_one_line_and_nothing_else(what, disk, drawn, tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -83,4 +69,4 @@ def test_a_full_disk_costs_one_line_and_nothing_else(what, disk, drawn, tiny, tm
         assert torch.load(disk / "prior.pt", weights_only=True)["training"]["step"] == 1
     (disk / "junk").unlink()
     run(train, monkeypatch, "prior", *arguments, "--out", disk, "--resume")
-    assert_same_end(never, disk, "prior")
+    assert_same_end(argparse.Namespace(out=never), argparse.Namespace(out=disk), "prior")

@@ -229,13 +229,13 @@ def quick(tiny, monkeypatch):  # noqa: F811
     return tiny
 
 
-def final(args):
-    return torch.load(args.out / "upsample-256.pt", weights_only=True)
+def final(args, stage="upsample-256"):
+    return torch.load(args.out / f"{stage}.pt", weights_only=True)
 
 
-def assert_same_end(a, b):
+def assert_same_end(a, b, stage="upsample-256"):
     """Bit for bit: the EMA, the weights, the optimizer's moments, and the losses of every row."""
-    a, b = final(a), final(b)
+    a, b = final(a, stage), final(b, stage)
     for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     moments = [checkpoint["training"]["optimizer"]["state"] for checkpoint in (a, b)]
