@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -53,15 +53,24 @@ class Pictures:
     sides: np.ndarray   # (n,) pixels of the shorter side
     mark: str           # sixteen hex digits that name this set: names, captions and the pictures' bytes
 
-    def picture(self, k, side):
-        """Picture k, RGB, side × side: its shorter side scaled, its middle cut out. Raises UserError."""
+    def picture(self, k, side, rng=None):
+        """Picture k, RGB, side × side: its middle square, scaled. Raises UserError.
+
+        rng: a random square instead, of 80% to 100% of its shorter side, as CLIP's own training
+        cut pictures. Never mirrored, since captions say left and right.
+        """
         data = read_part(self.root, *self.places[k])
         picture = open_picture(self.names[k], data, side)
-        return ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+        cut, x, y = rng.uniform((0.8, 0, 0), 1) if rng else (1, 0.5, 0.5)
+        cut *= min(picture.size)
+        left, top = x * (picture.width - cut), y * (picture.height - cut)
+        box = left, top, left + cut, top + cut
+        return picture.resize((side, side), Image.Resampling.BICUBIC, box)
 
-    def tensors(self, numbers, side):
-        """Pictures as uint8 (B, 3, side, side)."""
-        return torch.stack([to_tensor(self.picture(k, side)) for k in numbers])
+    def tensors(self, numbers, side, rngs=None):
+        """Pictures as uint8 (B, 3, side, side); `rngs`, one a picture, cut them at random."""
+        rngs = rngs or [None] * len(numbers)
+        return torch.stack([to_tensor(self.picture(k, side, rng)) for k, rng in zip(numbers, rngs)])
 
     def thing(self, k):
         """What picture k shows: its name up to "@", which pictures of the same thing share."""
@@ -348,8 +357,8 @@ class FolderBatches(Dataset):
     Row n depends on (seed, k, n) alone. Rows follow one endless order: each epoch has every picture
     of the split once, files (pictures, or shards) in random order, then shuffled within BUFFER
     places, so that shards are read nearly as they lie on the disk. A caption is drawn each time.
-    clip: images (b, 3, H, W) uint8 and captions, no thing and no caption twice in a batch (a
-    held-out batch is as large as that allows). Priors: numbers of pictures, and of captions.
+    clip: images (b, 3, H, W) uint8, cut at random in training, and captions, no thing and no
+    caption twice in a batch (a held-out batch is as large as that allows). Priors: numbers of pictures, and of captions.
     Decoder: images, numbers of captions, and of pictures. Upsamplers: (high, low) crops by
     upsample.training_crops, one of each picture. Raises UserError if a batch of clip needs more
     pictures.
@@ -359,6 +368,7 @@ class FolderBatches(Dataset):
                  crops=None):
         self.data, self.stage, self.seed, self.config = data, stage, seed, config
         self.side, self.crops = getattr(config, "image_size", 0), crops
+        self.cut = split == "train"
         self.rows = data.rows(split, self.side if stage.startswith("upsample") else 0)
         files = [data.places[k][0] for k in self.rows]
         self.files = np.unique(files, return_inverse=True)[1]
@@ -404,13 +414,14 @@ class FolderBatches(Dataset):
 
     def __getitem__(self, k):
         data, drawn = self.data, self.draw(k)
-        numbers, captions, _ = zip(*drawn)
+        numbers, captions, rngs = zip(*drawn)
         if self.stage.startswith("upsample"):
             pairs = [self.crops(data.picture(number, self.side), self.config, rng, 1)
                      for number, _, rng in drawn]
             return tuple(map(torch.cat, zip(*pairs)))
         if self.stage == "clip":
-            return data.tensors(numbers, self.side), [data.captions[c] for c in captions]
+            images = data.tensors(numbers, self.side, self.cut and rngs)
+            return images, [data.captions[c] for c in captions]
         numbers_and_captions = torch.tensor(numbers), torch.tensor(captions)
         if self.stage == "decoder":
             return data.tensors(numbers, self.side), *numbers_and_captions[::-1]

@@ -323,13 +323,33 @@ def test_pictures_are_cut_from_the_middle_and_never_flipped(tmp_path):
     (tmp_path / "photos/a.txt").write_text("red is left")
     data = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0)
     for stage, config in (("decoder", TINY[decoder]), ("clip", TINY[clip_embed])):
-        batches = captioned.FolderBatches(data, stage, 1, 0, config)
+        batches = captioned.FolderBatches(data, stage, 1, 0, config, split="validation")  # CLIP's training: see below
         for k in range(8):
             image = batches[k][0][0].float()
             assert image.shape == (3, 64, 64) and (image[:, :, 2:30].mean((1, 2)) - torch.tensor([255, 0, 0])).abs().max() < 4
             assert image[:, :, 34:].min() > 240
     high, low = captioned.FolderBatches(data, "upsample-256", 1, 0, TINY[upsample][256], crops=upsample.training_crops)[0]
     assert high.shape == (1, 3, 64, 64) and low.shape == (1, 3, 16, 16)
+
+
+def test_clip_is_trained_on_random_squares_that_lie_in_the_picture_and_are_never_flipped(tmp_path):
+    y, x = np.mgrid[:300, :500] + 0.5
+    shades = np.stack([x / 2, y / 2, np.zeros_like(x)], -1)  # red and green tell each pixel's place, in units of two pixels
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(shades.round().astype(np.uint8)).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/a.txt").write_text("a slope")
+    data, places = captioned.gather(tmp_path / "photos", tmp_path / "runs", 0), []
+    batches = captioned.FolderBatches(data, "clip", 1, 0, TINY[clip_embed])
+    for k in range(200):
+        red, green, _ = 2 * batches[k][0][0].float()
+        side = [(shade[-8:].mean() - shade[:8].mean()).item() * 64 / 56 for shade in (red.T, green)]
+        left, top = red.mean().item() - side[0] / 2, green.mean().item() - side[1] / 2
+        assert abs(side[0] - side[1]) < 3 and 236 < side[0] < 304  # positive: not flipped; 80% to 100% of 300
+        assert left > -3 and top > -3 and left + side[0] < 503 and top + side[1] < 303
+        places.append((left, top, side[0]))
+    places = np.array(places)
+    assert places[:, 0].max() > 200 and (places < (60, 30, 260)).mean(0).min() > 0.1 and places[:, 1].max() > 30
+    assert torch.equal(batches[7][0], captioned.FolderBatches(data, "clip", 1, 0, TINY[clip_embed])[7][0])
 
 
 @pytest.fixture
