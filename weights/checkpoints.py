@@ -154,9 +154,13 @@ def save_atomically(content, path):
 
 
 def same_sizes(saved, config):
-    """Whether two configs, as dictionaries, describe one network; sampling's fields are left out."""
+    """Whether two configs, as dictionaries, describe one network.
+
+    Sampling's fields are left out, and the vocabulary of a decoder that reads no tokens.
+    """
     differing = {k for k in saved | config if saved.get(k) != config.get(k)}
-    return differing <= {"guidance", "steps", "ladder_power", "candidates", "enough"}
+    unread = {"vocab_size"} if config.get("text_layers") == 0 else set()
+    return differing <= {"guidance", "steps", "ladder_power", "candidates", "enough"} | unread
 
 
 def training_state(checkpoint, config, settings, path, steps=None):
