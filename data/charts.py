@@ -31,16 +31,25 @@ def write_csv(rows, path):
 
 
 def plot_loss(rows, path):
-    """Draw a training's loss against the step, in training and held out, on a logarithmic scale.
+    """Draw a training's loss against the step, in training and held out.
 
     rows: (step, training loss, images a second, held-out loss or None).
     """
-    lines = []
-    for name, colour, n in (("training", "royalblue", 1), ("held out", "darkorange", 3)):
-        points = [(row[0], math.log10(max(row[n], 1e-12))) for row in rows if row[n] is not None]
-        lines.append((name, colour, points))
-    width, height, left, bottom, last = 640, 360, 70, 40, rows[-1][0]
-    losses = [loss for *_, points in lines for _, loss in points]
+    plot_lines([(name, colour, [(row[0], row[n]) for row in rows if row[n] is not None], 2)
+                for name, colour, n in (("training", "royalblue", 1), ("held out", "darkorange", 3))],
+               path)
+
+
+def plot_lines(lines, path):
+    """Draw losses against the step, on a logarithmic scale.
+
+    lines: (name, colour, [(step, loss)], width in pixels) of each.
+    """
+    lines = [(name, colour, [(step, math.log10(max(loss, 1e-12))) for step, loss in points], thick)
+             for name, colour, points, thick in lines]
+    width, height, left, bottom = 640, 360, 70, 40
+    last = max(step for *_, points, _ in lines for step, _ in points)
+    losses = [loss for *_, points, _ in lines for _, loss in points]
     low, high = min(losses) - 0.02, max(losses) + 0.02
 
     def to_xy(step, loss):
@@ -55,7 +64,7 @@ def plot_loss(rows, path):
     for tick in np.linspace(0, last, 6):
         draw.text((to_xy(tick, low)[0] - 12, height - bottom + 8), f"{tick:.0f}", "black")
     draw.text((width // 2, height - 16), "step", "black")
-    for n, (name, colour, points) in enumerate(lines):
-        draw.line([to_xy(*point) for point in points], colour, 2)
-        draw.text((width - 80, 20 + 14 * n), name, colour)
+    for n, (name, colour, points, thick) in enumerate(lines):
+        draw.line([to_xy(*point) for point in points], colour, thick)
+        draw.text((width - 20, 20 + 14 * n), name, colour, anchor="ra")
     picture.save(path)

@@ -1,4 +1,7 @@
-"""Emoji as a captioned folder (data/emoji.py), from small packages that the tests write; foreign files are read with care."""
+"""Emoji as a captioned folder (data/emoji.py), from small packages that the tests write; foreign files are read with care.
+
+And what experiments/emoji.py measures, on cases whose answer is known.
+"""
 
 import json
 import sys
@@ -6,9 +9,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFont
+from test_chain import run as run_script
+from test_chain import tiny, weights  # noqa: F401, fixtures: tiny presets; a folder of tiny random checkpoints
 
-from data import emoji
+import emoji as measured
+
+from data import charts, emoji
 from data import folder as captioned
 
 WORDS = {"😀": ["grinning_face", "face", "smile", "happy"], "👋": ["waving_hand", "hello"], "❤️": ["red_heart"], "🇫🇷": ["flag_france"]}
@@ -159,3 +167,59 @@ def test_a_font_gives_its_characters_with_their_names_in_unicode(tmp_path, monke
                         (("41", "latin capital letter a"), ("42", "latin capital letter b"))}
     assert np.asarray(Image.open(tmp_path / "photos/emoji/41@noto.png")).std() > 10
     assert "emojilib" not in (tmp_path / "photos/emoji/LICENCES.txt").read_text("utf-8")
+
+
+# ----------------------------------------------------------------------------- experiments/emoji.py
+
+
+def test_what_is_found_by_chance_is_what_random_orders_find():
+    right = torch.zeros(3, 30, dtype=torch.bool)
+    right[0, 4] = right[1, :3] = right[2, 5:25] = True
+    orders = torch.rand(20_000, 3, 30, generator=torch.Generator().manual_seed(0))
+    for most in (1, 5):
+        mean = np.mean([measured.found(cosines, right, most) for cosines in orders])
+        assert abs(mean - measured.by_chance(right, most)) < 0.006  # three standard errors are 0.0056
+    cosines = torch.zeros(3, 30)
+    cosines[0, :4], cosines[0, 4], cosines[1, 2], cosines[2, 0] = 2, 1, 1, 1
+    assert measured.found(cosines, right, 1) == pytest.approx(1 / 3) and measured.found(cosines, right, 5) == 1
+
+
+def test_the_nearest_picture_is_told_with_its_distance_in_shades():
+    images, others = torch.zeros(2, 3, 4, 4), torch.zeros(5, 3, 4, 4)
+    others += torch.tensor([1.0, 0.5, 0.2, -0.1, 0.75])[:, None, None, None]
+    images[1] += 0.6
+    distances, places = measured.nearest(images, others)
+    assert places.tolist() == [3, 1] and distances.tolist() == pytest.approx([0.1 * 127.5] * 2, rel=1e-4)
+
+
+def test_a_subset_has_whole_things_and_their_captions(packages, tmp_path, monkeypatch, capsys):
+    captions = run(monkeypatch, tmp_path, "--flags", "--skin-tones")
+    run_script(measured, monkeypatch, "subset", tmp_path / "photos/emoji", "--n", "4", "--out", tmp_path / "few")
+    few, whole = (captioned.gather(folder, tmp_path / "runs", 0) for folder in (tmp_path / "few", tmp_path / "photos/emoji"))
+    things = {few.thing(k) for k in range(len(few.names))}
+    assert sorted(few.names) == sorted(name for name in captions if name.partition("@")[0] in things)
+    assert 4 <= len(few.names) < len(whole.names) and [few.captions[c] for c in range(*few.first[:2])] == captions[few.names[0]]
+    with pytest.raises(SystemExit):
+        run_script(measured, monkeypatch, "subset", tmp_path / "photos/emoji", "--n", "4", "--out", tmp_path / "few")
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_curves_tell_where_the_held_out_loss_was_lowest(tmp_path, monkeypatch, capsys):
+    for name, losses in (("a", (3, 2, 2.5)), ("b", (3, 2, 1))):
+        (tmp_path / name).mkdir()
+        charts.write_csv([(10 * k + 10, 1 / (k + 1), 5.0, loss) for k, loss in enumerate(losses)], tmp_path / name / "decoder.csv")
+    run_script(measured, monkeypatch, "curves", tmp_path / "a", tmp_path / "b", "--picture", tmp_path / "c.png")
+    rows = [line.split(" | ")[-3:] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows == [["2.5000", "2.0000", "20 |"], ["1.0000", "1.0000", "30 |"]]
+    assert len(Image.open(tmp_path / "c.png").getcolors(1 << 20)) > 4
+
+
+def test_measure_prints_three_tables_and_draws_two_sheets(packages, weights, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run(monkeypatch, tmp_path)
+    capsys.readouterr()
+    run_script(measured, monkeypatch, "measure", tmp_path / "photos/emoji", "--weights", weights, "--n", "2", "--pairs", tmp_path / "p.png",
+                          "--sheet", tmp_path / "s.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("|---") for line in lines) == 3 and "| pictures held out |" in "\n".join(lines)
+    assert lines[0].startswith("| held out: 3 pictures of 1 things") and lines[2].startswith("| a picture for a caption | 100% (100%)")
+    assert all(Image.open(tmp_path / name).width > 900 for name in ("p.png", "s.png"))
