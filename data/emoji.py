@@ -2,10 +2,10 @@
 
 In:   a folder of npm packages (three artists), or the font NotoColorEmoji.ttf (one artist)
 Out:  a folder for `train.py --data`: square PNGs on white, as large as the source has them (64 to
-      256 pixels); metadata.jsonl with up to four captions a picture; LICENCES.txt
+      256 pixels); metadata.jsonl with up to seven captions a picture; LICENCES.txt
 
 Captions of 1f6d2@fluent.png: "shopping cart"; "shopping cart, fluent 3d"; its name in Unicode,
-"shopping trolley"; keywords. Artists draw an emoji alike. Their files share the name up to "@", and
+"shopping trolley"; "shopping cart, household, fluent 3d"; keywords. Artists draw an emoji alike. Their files share the name up to "@", and
 data/folder.py holds out all of them or none.
 
     npm install --prefix emoji_packages emoji-datasource-google emoji-datasource-twitter \\
@@ -95,9 +95,15 @@ def clean(text):
     return " ".join(text.replace("_", " ").lower().split())
 
 
-def captions_of(names, keywords, style):
-    """A picture's captions, each once: its names, the first with the style, its first keywords."""
-    lines = [names[0], f"{names[0]}, {style}", *names[1:], ", ".join(keywords[:KEYWORDS])]
+def captions_of(names, keywords, style, kind=""):
+    """A picture's captions, each once: names, style, kind, first keywords together and by threes.
+
+    A network that never saw a thing's name may know its kind and keywords from other things.
+    """
+    words = keywords[:KEYWORDS]
+    lines = [names[0], f"{names[0]}, {style}", *names[1:], ", ".join(words)]
+    if kind:
+        lines += [f"{names[0]}, {kind}, {style}", ", ".join(words[:3]), ", ".join(words[3:])]
     return [*dict.fromkeys(filter(None, lines))]
 
 
@@ -143,7 +149,8 @@ def pictures_of_row(modules, row, words, tones):
             package, path = modules / artist.package, artist.path.format(file)
             drawn = version.get(artist.flag, not artist.flag) and (package / path).is_file()
             if drawn and not {row["category"], row["subcategory"]} & {*artist.left_out}:
-                captions = captions_of(names, keywords, artist.style)
+                kind = clean(row["subcategory"].replace("-", " "))
+                captions = captions_of(names, keywords, artist.style, kind)
                 draw = partial(draw_file, package, path)
                 pictures.append(Picture(f"{whole}@{key}{suffix}.png", key, captions, draw))
     return pictures
