@@ -239,47 +239,59 @@ def outlines():
 
 
 def render(scene, side):
-    """Draw a scene as a Pillow image, side × side, antialiased: drawn larger, then averaged."""
-    fine = max(2, 256 // side)
+    """Draw a scene as a Pillow image, side × side, antialiased.
+
+    Each pixel is the mean of a grid of some 2,048 points a side, the same at every size. So a large
+    picture, averaged, is the small one, and an upsampler can find the outlines where they are.
+    """
+    fine = max(2, 2048 // side)  # points a pixel
     n = side * fine
     shading = 1 - abs(scene.shade) * np.linspace(0, 1, n)[::1 if scene.shade > 0 else -1]
-    column = (np.array(BACKGROUNDS[scene.background]) * shading[:, None]).round().astype(np.uint8)
-    picture = Image.fromarray(column[:, None]).resize((n, n), Image.Resampling.NEAREST)
+    column = shading.reshape(side, fine).mean(1)[:, None] * BACKGROUNDS[scene.background]
+    pixels = np.repeat(column.astype(np.float32)[:, None], side, 1)
     for thing in scene.things:
-        draw_thing(picture, thing)
-    return picture.reduce(fine)
+        draw_thing(pixels, thing, fine)
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def draw_thing(picture, thing):
-    """Draw a thing, its stripes and its word on a square Pillow image."""
-    n, a = picture.width, np.deg2rad(thing.tilt)
+def draw_thing(pixels, thing, fine):
+    """Draw a thing, its stripes and its word into pixels (side, side, 3), with fine² points each."""
+    n, a = len(pixels) * fine, np.deg2rad(thing.tilt)
     turn = [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]
+    middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01  # a word is a little wider
+    first = np.floor((middle - reach) * len(pixels)).astype(int).clip(0)  # a box of whole pixels
+    last = np.ceil((middle + reach) * len(pixels)).astype(int).clip(max=len(pixels))
+    size = tuple(((last - first) * fine).tolist())
 
-    def place(corners):
-        xy = (corners @ turn) * thing.radius + (thing.x, thing.y)
-        return (xy * n).astype(int)
+    def cover(*outlines):
+        """The points within outlines (k, 2) in units of the radius, as a mask."""
+        mask = Image.new("L", size)
+        for corners in outlines:
+            points = ((corners @ turn) * thing.radius + middle) * n - first * fine
+            ImageDraw.Draw(mask).polygon(list(map(tuple, points.astype(int).tolist())), 255)
+        return mask
 
-    def draw(image, corners, colour):
-        ImageDraw.Draw(image).polygon(list(map(tuple, corners.tolist())), colour)
+    def share(mask):
+        """The share of each pixel that a mask covers."""
+        return np.asarray(mask.reduce(fine), np.float32)[..., None] / 255
 
-    shape = place(outlines()[thing.shape])
-    colour = np.array(COLOURS[thing.colour])
-    draw(picture, shape, tuple(colour.tolist()))
+    box = pixels[first[1]:last[1], first[0]:last[0]]
+    colour, background, bars = np.array(COLOURS[thing.colour]), box.copy(), None
+    inside = cover(outlines()[thing.shape])
     if thing.fill == "striped":  # bars, mixed with 35% white, cut out by the outline
-        corner = shape.min(0) - 2
-        bars, inside = (Image.new("L", tuple(shape.max(0) - corner + 3)) for _ in range(2))
-        for top in np.arange(-0.9, 1, 0.7):
-            bar = np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
-            draw(bars, place(bar) - corner, 255)
-        draw(inside, shape - corner, 255)
-        light = (0.65 * colour + 0.35 * 255).round().astype(int)
-        picture.paste(tuple(light.tolist()), tuple(corner), ImageChops.darker(bars, inside))
+        bars = cover(*(np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
+                       for top in np.arange(-0.9, 1, 0.7)))
+        bars = ImageChops.darker(bars, inside)
     if thing.word:  # as wide as the thing
-        width = ImageFont.load_default(20).getlength(thing.word)
+        width, word = ImageFont.load_default(20).getlength(thing.word), Image.new("L", size)
         font = ImageFont.load_default(2 * thing.radius * n * 20 / width)
-        shade = (25,) * 3 if colour.sum() > 400 else (250,) * 3
-        middle = thing.x * n, thing.y * n
-        ImageDraw.Draw(picture).text(middle, thing.word, shade, font, "mm", stroke_width=n // 200)
+        place = tuple(middle * n - first * fine)
+        ImageDraw.Draw(word).text(place, thing.word, 255, font, "mm", stroke_width=n // 200)
+        inside, bars = (mask and ImageChops.subtract(mask, word) for mask in (inside, bars))
+        box += share(word) * ((25 if colour.sum() > 400 else 250) - background)
+    box += share(inside) * (colour - background)
+    if bars:
+        box += share(bars) * 0.35 * (255 - colour)
 
 
 def fixed_picture(seed, number, side):
