@@ -231,8 +231,11 @@ def few(monkeypatch):
     monkeypatch.setattr(binding, "REFERENCES", 2)
 
 
-@pytest.mark.parametrize("script, given", [(guidance, "caption"), (guidance, "z_t"), (guided_prior, None), (figure8, "z_t"),
-                                           (table2, None), (typographic, None), (components, None), (binding, None), (composition, None)])
+LONG = [pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((guidance, "caption"), (guided_prior, None), (typographic, None), (components, None), (composition, None))]
+
+
+@pytest.mark.parametrize("script, given", [(guidance, "z_t"), (figure8, "z_t"), (table2, None), (binding, None), *LONG])
 def test_every_script_writes_its_table_numbers_and_picture(script, given, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
     torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / "given.pt")
     if script is table2:  # which counts the operations of a training step
