@@ -116,6 +116,13 @@ def test_init_starts_from_a_checkpoints_weights(tiny):
         train.train("upsample-1024", argparse.Namespace(**vars(tiny) | {"init": resaved(tiny.init, stage="upsample-1024")}), torch.device("cpu"))
 
 
+def test_a_decoder_that_reads_no_tokens_starts_from_one_of_another_vocabulary():
+    sizes = {"text_layers": 0, "vocab_size": 514, "channels": 64, "steps": 10}
+    assert checkpoints.same_sizes(sizes, sizes | {"vocab_size": 600, "steps": 20})
+    assert not checkpoints.same_sizes(sizes | {"text_layers": 2}, sizes | {"text_layers": 2, "vocab_size": 600})
+    assert not checkpoints.same_sizes(sizes, sizes | {"channels": 32})
+
+
 def resaved(path, **changes):
     """The path of a copy of a checkpoint in which some entries are others."""
     copy = path.with_name("copy.pt")
