@@ -1,6 +1,8 @@
 """The networks: what may see what, what each input reaches, sizes of the paper's presets, and that each can learn."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,9 @@ import clip_embed
 import decoder
 import prior
 import upsample
+from clip_embed import UserError
+from conftest import ROOT
+from weights import checkpoints
 
 TINY_CLIP = clip_embed.CLIPConfig(embed_dim=8, image_size=64, vision_patch_size=16, vision_width=32, vision_layers=2, vision_heads=2,
                                   vocab_size=50, text_width=16, text_layers=2, text_heads=2)
@@ -37,6 +42,51 @@ def test_paper_presets_have_the_sizes_of_table_3():
         assert 0.6 <= count(upsample.Upsampler(upsample.PRESETS["paper"][256])) <= 0.8
         assert 0.25 <= count(upsample.Upsampler(upsample.PRESETS["paper"][1024])) <= 0.36
         assert 0.9 <= count(clip_embed.CLIP(clip_embed.PRESETS["paper"])) <= 1.1  # ViT-H/16 and its text tower
+
+
+TINY_NETWORKS = [(clip_embed.CLIP, TINY_CLIP), (prior.DiffusionPrior, TINY_PRIOR), (decoder.Decoder, TINY_DECODER),
+                 (upsample.Upsampler, TINY_UPSAMPLER), (prior.ARPrior, prior.ARConfig(8, 16, 5, 32, 16, 1, 2)),
+                 (decoder.Decoder, replace(TINY_DECODER, text_layers=1))]
+
+
+@pytest.mark.parametrize("network, config", TINY_NETWORKS)
+def test_a_network_without_weights_has_the_same_tensors_draws_nothing_and_keeps_its_limit(network, config):
+    state = torch.get_rng_state()
+    with checkpoints.WithoutWeights(1 << 20):
+        empty = network(config)
+    assert torch.equal(state, torch.get_rng_state())
+    sizes = lambda model: {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    assert sizes(empty) == sizes(network(config))
+    with pytest.raises(ValueError, match="much larger than its weights"), checkpoints.WithoutWeights(1000):
+        network(config)
+
+
+@pytest.mark.parametrize("build", [
+    lambda n: torch.zeros(n, n), lambda n: torch.randn((n, n)), lambda n: torch.nn.Linear(n, n), lambda n: torch.nn.Embedding(n, n),
+    lambda n: torch.arange(n)[:, None] * torch.arange(n), lambda n: torch.cat([torch.zeros(n)] * n), lambda n: torch.arange(n * n)])
+def test_what_is_larger_than_its_limit_is_stopped_before_it_takes_memory(build):
+    build(8)
+    with pytest.raises(ValueError, match="much larger than its weights"), checkpoints.WithoutWeights(1 << 21):
+        build(1 << 20)  # 4 TB
+
+
+def test_a_config_or_a_stretched_tensor_that_asks_for_more_than_the_file_holds_is_refused(tmp_path):
+    weights = upsample.Upsampler(TINY_UPSAMPLER).state_dict()
+    wide = vars(TINY_UPSAMPLER) | {"channels": 1 << 16}
+    stretched = {name: torch.zeros(()).expand(value.shape) for name, value in upsample.Upsampler(TINY_UPSAMPLER).state_dict().items()}
+    load = lambda config, model: checkpoints.load_model(upsample.Upsampler, upsample.UpsamplerConfig,
+                                                        {"stage": "upsample-256", "config": config, "model": model}, "x.pt")
+    assert load(vars(TINY_UPSAMPLER), dict(weights)).config == TINY_UPSAMPLER
+    with pytest.raises(UserError, match="no network can be built from its config .it would be much larger"):
+        load(wide, dict(weights))
+    with pytest.raises(UserError, match="no network can be built from its config .it would be much larger"):
+        load(vars(replace(TINY_UPSAMPLER, channels=512)), stretched)
+
+
+def test_loading_and_sampling_import_no_compiler():
+    """torch._dynamo takes longer to import than the shipped weights to load."""
+    code = "import sys, sample; sample.generate(sample.load_stack(), ['a star'], candidates=1); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_clip_text_tower_leaks_nothing_from_later_tokens():

@@ -7,13 +7,17 @@ shape and value is checked before it moves into a network.
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import sys
 import warnings
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from clip_embed import UserError
+
 
 @contextlib.contextmanager
 def reading(path, expected, kind="checkpoint"):
@@ -91,22 +95,58 @@ def check_tensors(want, have, stage, path):
                             "(NaN or infinity)")
 
 
+class WithoutWeights(TorchFunctionMode):
+    """Within it networks are built without initial values, of at most `most` numbers in all.
+
+    Memory that no value was written to takes no room. The meta device would do as well, but its
+    arithmetic imports torch._dynamo, which takes longer than loading the shipped weights.
+    """
+    FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace", "eye"}
+    VALUES = {"normal_", "uniform_", "trunc_normal_", "zero_", "fill_"}
+
+    def __init__(self, most):
+        super().__init__()
+        self.left = most
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, kwargs or {}
+        if name in self.VALUES or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        sizes = [n for n in args if isinstance(n, (int, float))]
+        if args and isinstance(args[0], (tuple, list)):
+            sizes = args[0]
+        tensors = [t for part in args for t in (part if isinstance(part, (tuple, list)) else [part])
+                   if isinstance(t, torch.Tensor)]
+        needed = 0
+        if name in self.FACTORIES:
+            needed = math.prod(max(1, int(abs(n))) for n in sizes)
+        elif name in ("cat", "stack"):
+            needed = sum(t.numel() for t in tensors)
+        elif len(tensors) > 1:  # a sum or product: as large as both stretched to one shape
+            shapes = (t.shape[::-1] for t in tensors)
+            needed = math.prod(map(max, itertools.zip_longest(*shapes, fillvalue=1)))
+        if needed > self.left:
+            raise ValueError("it would be much larger than its weights are")
+        self.left -= needed
+        return (torch.empty if name in ("rand", "randn") else func)(*args, **kwargs)
+
+
 def load_model(build, config_class, checkpoint, path, layout=dict):
     """A stage's network with a checkpoint's weights, float32, in eval mode. Raises UserError.
 
-    The network is built on the meta device, which allocates nothing; memory is taken only after
-    every tensor is checked. layout: gives the network's state_dict the names and orientations of
-    the file, as views (published.hugging_face is one).
+    The network takes memory only after every tensor is checked. layout: gives its state_dict the
+    names and orientations of the file, as views (published.hugging_face is one).
     """
-    config = config_of(config_class, checkpoint, path)
+    config, have = config_of(config_class, checkpoint, path), checkpoint["model"]
+    numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in have.values()
+                  if isinstance(t, torch.Tensor))
     try:
-        with torch.device("meta"):
+        with WithoutWeights(2 * numbers + (1 << 20)), torch.no_grad():
             model = build(config)
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
-    have = checkpoint["model"]
     check_tensors(layout(model.state_dict()), have, checkpoint["stage"], path)
-    model.to_empty(device="cpu").requires_grad_(False)
+    model.requires_grad_(False)
     for name, parameter in layout(model.state_dict()).items():
         parameter.copy_(have.pop(name))  # popped: a large tensor is never in memory twice
     return model.eval()
