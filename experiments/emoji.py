@@ -101,14 +101,16 @@ class Things:
 def retrieval(stack, data, held_out, images, rng):
     """Rows of a table: how often the right picture or caption is found among those held out.
 
-    Each picture has one of its captions, drawn at random. Right is a picture of the caption's thing, whoever drew it.
+    Each picture has one of its captions, drawn at random. Right is the very picture, or any of the caption's thing,
+    whoever drew it.
     """
     captions = [data.captions[rng.integers(*data.first[k:k + 2])] for k in held_out]
     things = np.array([data.thing(k) for k in held_out])
-    right = torch.from_numpy(things[:, None] == things)
-    cosines = embed(stack, captions) @ embed(stack, images=images).T
-    cells = lambda c, r: [f"{found(c, r, most):.0%} ({by_chance(r, most):.0%})" for most in (1, 5)]
-    return [["a picture for a caption", *cells(cosines, right)], ["a caption for a picture", *cells(cosines.T, right.T)]]
+    cosines, rows = embed(stack, captions) @ embed(stack, images=images).T, []
+    for what, right in (("thing", torch.from_numpy(things[:, None] == things)), ("picture", torch.eye(len(things), dtype=torch.bool))):
+        for way, c, r in ((f"for a caption, its {what}", cosines, right), (f"for a picture, a caption of its {what}", cosines.T, right.T)):
+            rows.append([way, *(f"{found(c, r, most):.0%} ({by_chance(r, most):.0%})" for most in (1, 5))])
+    return rows
 
 
 def table(title, rows):

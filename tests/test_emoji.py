@@ -221,5 +221,5 @@ def test_measure_prints_three_tables_and_draws_two_sheets(packages, weights, tmp
                           "--sheet", tmp_path / "s.png")
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("|---") for line in lines) == 3 and "| pictures held out |" in "\n".join(lines)
-    assert lines[0].startswith("| held out: 3 pictures of 1 things") and lines[2].startswith("| a picture for a caption | 100% (100%)")
+    assert lines[0].startswith("| held out: 3 pictures of 1 things") and lines[2].startswith("| for a caption, its thing | 100% (100%)") and lines[4].endswith("| 100% (100%) |")
     assert all(Image.open(tmp_path / name).width > 900 for name in ("p.png", "s.png"))
