@@ -81,6 +81,8 @@ def test_a_config_or_a_stretched_tensor_that_asks_for_more_than_the_file_holds_i
         load(wide, dict(weights))
     with pytest.raises(UserError, match="no network can be built from its config .it would be much larger"):
         load(vars(replace(TINY_UPSAMPLER, channels=512)), stretched)
+    with pytest.raises(UserError, match="no network can be built .*SparseTensorImpl"):
+        load(vars(TINY_UPSAMPLER), {name: value.to_sparse() for name, value in weights.items()})
 
 
 def test_loading_and_sampling_import_no_compiler():

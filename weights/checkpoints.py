@@ -101,8 +101,8 @@ class WithoutWeights(TorchFunctionMode):
     Memory that no value was written to takes no room. The meta device would do as well, but its
     arithmetic imports torch._dynamo, which takes longer than loading the shipped weights.
     """
-    FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace", "eye"}
-    VALUES = {"normal_", "uniform_", "trunc_normal_", "zero_", "fill_"}
+    FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace"}
+    VALUES = {"normal_", "uniform_", "zero_", "fill_"}
 
     def __init__(self, most):
         super().__init__()
@@ -138,10 +138,10 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     names and orientations of the file, as views (published.hugging_face is one).
     """
     config, have = config_of(config_class, checkpoint, path), checkpoint["model"]
-    numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in have.values()
-                  if isinstance(t, torch.Tensor))
     try:
-        with WithoutWeights(2 * numbers + (1 << 20)), torch.no_grad():
+        numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in have.values()
+                      if isinstance(t, torch.Tensor))  # a sparse tensor has no storage
+        with WithoutWeights(2 * numbers + (1 << 20)):
             model = build(config)
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
