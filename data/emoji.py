@@ -5,8 +5,8 @@ Out:  a folder for `train.py --data`: square PNGs on white, as large as the sour
       256 pixels); metadata.jsonl with up to seven captions a picture; LICENCES.txt
 
 Captions of 1f6d2@fluent.png: "shopping cart"; "shopping cart, fluent 3d"; its name in Unicode,
-"shopping trolley"; "shopping cart, household, fluent 3d"; keywords. Artists draw an emoji alike. Their files share the name up to "@", and
-data/folder.py holds out all of them or none.
+"shopping trolley"; "shopping cart, household, fluent 3d"; keywords. Artists draw an emoji alike.
+Their files share the name up to "@", and data/folder.py holds out all of them or none.
 
     npm install --prefix emoji_packages emoji-datasource-google emoji-datasource-twitter \\
         @lobehub/fluent-emoji-3d emojilib
@@ -136,6 +136,7 @@ def pictures_of_row(modules, row, words, tones):
     whole = row["image"].removesuffix(".png")  # code points, as in 1f44b
     character = "".join(chr(int(code, 16)) for code in whole.split("-") if code != "fe0f")
     name, *keywords = words.get(character) or [clean(row["name"])]
+    kind = clean(row["subcategory"].replace("-", " "))
     versions, pictures = [("", row, "")], []
     for key, version in row.get("skin_variations", {}).items() if tones else ():
         tone = " and ".join(dict.fromkeys(TONES[code] for code in key.split("-")))
@@ -149,7 +150,6 @@ def pictures_of_row(modules, row, words, tones):
             package, path = modules / artist.package, artist.path.format(file)
             drawn = version.get(artist.flag, not artist.flag) and (package / path).is_file()
             if drawn and not {row["category"], row["subcategory"]} & {*artist.left_out}:
-                kind = clean(row["subcategory"].replace("-", " "))
                 captions = captions_of(names, keywords, artist.style, kind)
                 draw = partial(draw_file, package, path)
                 pictures.append(Picture(f"{whole}@{key}{suffix}.png", key, captions, draw))

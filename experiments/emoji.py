@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -143,9 +144,7 @@ def measure(args):
         some = some if len(some) < 1000 else rng.choice(some, 1000, replace=False)
         rows.append([f"pictures {kind}", pictures[some], [all_things.name(k) for k in some]])
     for kind, some in names.items():
-        parts = [sample.generate(stack, some[first:first + 16], args.seed + first, 64, args.candidates)
-                 for first in tqdm(range(0, len(some), 16), f"drawing {kind}")]
-        drawn[kind] = torch.cat(parts)
+        drawn[kind] = sample.generate(stack, some, args.seed, 64, args.candidates, bar=True)
         rows.append([f"drawn {kind}", drawn[kind], some])
     shown = []
     for kind, images, some in rows:
@@ -181,11 +180,7 @@ def labelled(rows, side=96, columns=10):
             for n, image in enumerate(images):
                 shown = sample.to_picture(image).resize((side, side), Image.Resampling.BICUBIC)
                 picture.paste(shown, (x, y + 22 + n * (side + 3)))
-            words, lines = text.split(), [""]
-            for word in words:
-                longer = f"{lines[-1]} {word}".strip()
-                lines = [*lines[:-1], longer] if font.getlength(longer) <= side else [*lines, word]
-            pen.multiline_text((x, y + 22 + count * (side + 3)), "\n".join(lines[:2]), "black", font, spacing=1)
+            pen.multiline_text((x, y + 22 + count * (side + 3)), "\n".join(textwrap.wrap(text, 17)[:2]), "black", font, spacing=1)
         y += 22 + count * (side + 3) + 34
     return picture
 
