@@ -284,7 +284,7 @@ def parse_arguments():
         "one that fits the caption; else keep the best (default 8; the paper: 1)")
     add("--eta", type=float, help="decode by DDIM with this eta (default: ancestral)")
     add("--upsample-steps", type=int, nargs=2, default=(None, None),
-        help="default 8 4 (the paper: 27 15)")
+        help="default 4 2 (the paper: 27 15)")
     add("--grid", action="store_true", help="also save one sheet; with --n, a caption a row")
     add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: shipped)")
     add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
