@@ -359,9 +359,9 @@ class FolderBatches(Dataset):
     places, so that shards are read nearly as they lie on the disk. A caption is drawn each time.
     clip: images (b, 3, H, W) uint8, cut at random in training, and captions, no thing and no
     caption twice in a batch (a held-out batch is as large as that allows). Priors: numbers of
-    pictures, and of captions. Decoder: images, numbers of captions, and of pictures. Upsamplers: (high, low) crops by
-    upsample.training_crops, one of each picture. Raises UserError if a batch of clip needs more
-    pictures.
+    pictures, and of captions. Decoder: images, numbers of captions, and of pictures. Upsamplers:
+    (high, low) crops by upsample.training_crops, one of each picture. Raises UserError if a batch
+    of clip needs more pictures.
     """
 
     def __init__(self, data, stage, batch_size, seed, config, rank=0, world=1, split="train",
