@@ -24,12 +24,12 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import decoder
+import prior
 import upsample
 from clip_embed import (UserError, check_ranges, encode_captions, encode_pictures, one_line_errors,
                         open_picture, pick_device, psnr, to_picture, to_square)
@@ -123,8 +123,7 @@ def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, se
     """
     made = []
     for eta in etas:
-        count = n if eta else 1
-        guidance = 1 + eta * (stack["decoder"].config.guidance - 1)
+        count, guidance = n if eta else 1, 1 + eta * (stack["decoder"].config.guidance - 1)
         codes = (half[:, None].expand(-1, count, *half.shape[1:]) for half in (z_i, x_T))
         images = decode(stack, *codes, captions, eta, steps, seed, bar, guidance)
         made.append(images.expand(-1, n, -1, -1, -1))
@@ -139,8 +138,7 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
     each row keeps its own noise, the same for every pair, and only z_i turns. Raises UserError.
     """
     if noise not in ("slerp", "fixed") or frames < 2:
-        raise UserError(f'noise {noise!r}, {frames} frames: must be "slerp" or "fixed", '
-                        "and at least 2")
+        raise UserError(f"noise {noise!r}: slerp or fixed; {frames} frames: must be at least 2")
     thetas = [k / (frames - 1) for k in range(frames)]
     z_i, x_T = (torch.stack([slerp(*ends, theta) for theta in thetas], 1) for ends in zip(a, b))
     noises, shape = [x_T], (rows, *a[1].shape[1:])
@@ -151,32 +149,51 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 
 @torch.no_grad()
+def restored(stack, z_theta, theta, draws=4):
+    """z_θ (B, d) put back among the z_i of pictures by the diffusion prior: (B, d), unit-norm.
+
+    Not in the paper. z_d is not exactly a difference of pictures: z_θ lies beside all z_i that the
+    decoder has learned from, the farther, the larger θ. The prior has learned the same z_i. It
+    restores z_θ from noise of timestep 400 θ, without a caption, as the mean of several draws; all
+    rows share the noise. θ = 0 changes nothing, nor does a prior without unit norm (Karlo's).
+    """
+    model, t, (B, d) = stack["prior"], round(400 * theta), z_theta.shape
+    if t == 0 or not model.config.unit_norm:
+        return z_theta
+    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * B)
+    t, device = torch.full((B,), t), text["z_t"].device
+    eps = torch.randn(draws, 1, d, generator=torch.Generator().manual_seed(0))
+    noised = prior.q_sample(z_theta.cpu() * prior.scale(d), t, eps, prior.cosine_schedule())
+    z_0 = in_batches(model, B, 256, lambda part: sum(  # noised: (draws, B, d)
+        model(x[part].to(device), t[part].to(device), rows(text, part)) for x in noised))
+    return F.normalize(z_0, dim=1)
+
+
+@torch.no_grad()
 def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions="", steps=50,
-              bar=False, components=None):
+              bar=False, whole=False):
     """Pictures moved from the meaning of `source` to that of `to`, (B, frames, 3, 64, 64) (§3.3).
 
     z_d = z_t − z_t0, normalized; z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays (fig. 5).
-    source None: z_d = z_t. to, source: one for all or one each. Not in the paper: z_d is projected
-    onto the span of components (K, d), since z_i, and so the decoder's training, has no variance
-    outside of it. Raises UserError, also if two captions mean the same to CLIP.
+    source None: z_d = z_t. to, source: one for all or one each. Not in the paper: unless whole, a
+    diffusion prior in the stack restores z_θ. Raises UserError, also for captions of the same z_t.
     """
     if frames < 2:
         raise UserError(f"{frames} frames: must be at least 2")
 
     def z_t(captions):
-        text, _ = encode_captions(clip, tokenizer, one_each(captions, len(z_i)))
-        return text["z_t"].cpu()
+        each = one_each(captions, len(z_i))
+        return encode_captions(stack["clip"], stack["tokenizer"], each)[0]["z_t"].cpu()
 
-    clip, tokenizer = stack["clip"], stack["tokenizer"]
     z_d = z_t(to) if source is None else z_t(to) - z_t(source)
     if (z_d.norm(dim=1) < 1e-4).any():
-        raise UserError("the two captions of a text diff must differ: their difference is the "
-                        "direction to go")
-    z_d = z_d if components is None else z_d @ components.T @ components
+        raise UserError("the two captions of a text diff must differ: z_i moves by the difference")
     z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
     thetas = [maximum * k / (frames - 1) for k in range(frames)]
-    z_theta = torch.stack([slerp(z_i, z_d, theta) for theta in thetas], 1)
-    x_T = x_T[:, None].expand(-1, frames, -1, -1, -1)
+    z_theta = [slerp(z_i, z_d, theta) for theta in thetas]
+    if "prior" in stack and not whole:
+        z_theta = [restored(stack, z, theta) for z, theta in zip(z_theta, thetas)]
+    z_theta, x_T = torch.stack(z_theta, 1), x_T[:, None].expand(-1, frames, -1, -1, -1)
     return decode(stack, z_theta, x_T, captions, 0, steps, bar=bar)
 
 
@@ -188,8 +205,7 @@ def pca_reconstruct(stack, z_i, x_T, mean, components, counts, captions="", step
     stretched to length 1 it would lie far from any picture's. Raises UserError.
     """
     if not all(0 <= k <= len(components) for k in counts):
-        raise UserError(f"components {' '.join(map(str, counts))}: "
-                        f"must be between 0 and {len(components)}")
+        raise UserError(f"components {counts}: must be between 0 and {len(components)}")
     z_k = [mean + (z_i - mean) @ components[:k].T @ components[:k] for k in counts]
     x_T = x_T[:, None].expand(-1, len(counts), -1, -1, -1)
     return decode(stack, torch.stack(z_k, 1), x_T, captions, 0, steps, bar=bar)
@@ -217,10 +233,9 @@ def read_latents(stack, paths, caption, steps, seed):
         pairs.append((z_i, x_T))
         again = decode(stack, z_i[:, None], x_T[:, None], caption, 0, steps, bar=True)[:, 0]
         quality = psnr(to_decoder(stack, image), again)
-        warning = (f"; warning: hardly it. Try --steps {min(950, 5 * steps)}; if that fails, this "
-                   "decoder never learnt such pictures") if quality < 20 else ""
-        print(f"{path}: its code decodes to {quality:.1f} dB of the picture{warning}",
-              file=sys.stderr)
+        note = (f"; warning: hardly it. Try --steps {min(950, 5 * steps)}; if that fails, this "
+                "decoder never learnt such pictures") if quality < 20 else ""
+        print(f"{path}: its code decodes to {quality:.1f} dB of the picture{note}", file=sys.stderr)
     return pairs, caption, steps
 
 
@@ -268,8 +283,7 @@ def save_all(rows, name, out, gif):
 
 def parse_arguments():
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description="Take pictures apart into z_i and x_T, change one of them, decode (§3).")
+    parser = argparse.ArgumentParser(description="Change pictures by their code (z_i, x_T) (§3).")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, pictures, text):
@@ -300,7 +314,7 @@ def parse_arguments():
     add("--to", required=True, metavar="CAPTION", help="of the wanted picture")
     add("--max", type=float, default=0.5, help="share of the angle (default 0.5, the paper's)")
     add("--frames", type=int, default=7, help="pictures in a row (default 7)")
-    add("--whole", action="store_true", help="don't project it on z_i's principal components")
+    add("--whole", action="store_true", help="leave z_i as moved: the prior doesn't restore it")
     add = command("reconstruct", 1, "decode z_i from its first k principal components (fig. 7)")
     add("--components", type=int, nargs="+", metavar="K", help="how many (default 1 2 4 8 … all)")
     add("--rows", type=int, default=2, help="the picture's x_T, then random noises (default 2)")
@@ -311,16 +325,15 @@ def check_arguments(args):
     """Refuse impossible numbers and file names before minutes of work. Raises UserError."""
     check_ranges(args, n=(1, 1000), eta=(0, 1), frames=(2, 1000), rows=(1, 100), max=(0, 1),
                  components=(0, 1 << 20), steps=(2, 950), seed=(0, 1 << 48))
-    suffixes = [Path(path).suffix for path in args.save_latent]
-    if suffixes and (suffixes != [".pt"] * len(args.pictures)
-                     or len({*args.save_latent}) < len(suffixes)):
-        raise UserError(f"--save-latent {' '.join(args.save_latent)}: give a NAME.pt for each of "
-                        f"the {len(args.pictures)} pictures, each another")
+    names, n = args.save_latent, len(args.pictures)
+    if names and ([Path(name).suffix for name in names] != [".pt"] * n or len({*names}) < n):
+        raise UserError(f"--save-latent {' '.join(names)}: give a NAME.pt for each of the {n} "
+                        "pictures, each another")
     if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
         raise UserError(f"--out {args.out}: a strip is a PNG file, NAME.png")
     if args.command == "textdiff" and args.source == args.to:
         raise UserError("--from and --to: the two captions of a text diff must differ")
-    for path in map(Path, args.save_latent):
+    for path in map(Path, names):
         check_out(path)
         if path.exists():  # a code may be overwritten, a checkpoint not
             read_checkpoint(path, "latent", writer="manipulate.py --save-latent")
@@ -330,30 +343,27 @@ def check_arguments(args):
 def run(args, stack, pairs, caption, steps):
     """([rows of images], [rows of labels]) of a command on the codes of its pictures."""
     (z_i, x_T), options = pairs[0], {"captions": caption, "steps": steps, "bar": True}
-    prior = stack.get("ar-prior")  # keeps z_i's mean and principal components
-    components = prior.components.cpu() if prior else None
     if args.command == "variations":
         images = variations(stack, z_i, x_T, args.n, args.eta, seed=args.seed, **options)[0]
         # the same picture n times says no more than once
         return images, [[f"eta {eta:g}"] * (args.n if eta else 1) for eta in args.eta]
     if args.command == "reconstruct":
-        counts, kept = args.components, len(components)
-        if not counts:
-            counts = [*(2 ** n for n in range(20) if 2 ** n < kept), kept]
-        shape = args.rows, *x_T.shape[1:]
-        noise = decoder.randn(generators("decoder", args.seed, range(args.rows)), shape, "cpu")
-        x_T = torch.cat([x_T, noise])[:args.rows]
-        images = pca_reconstruct(stack, z_i.expand(args.rows, -1), x_T, prior.mean.cpu(),
-                                 components, counts, **options)
+        mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
+        kept = len(components)
+        counts = args.components or [2 ** n for n in range(20) if 2 ** n < kept] + [kept]
+        noise = generators("decoder", args.seed, range(args.rows))
+        x_T = torch.cat([x_T, decoder.randn(noise, x_T.shape, "cpu")])[:args.rows]
+        images = pca_reconstruct(stack, z_i.expand(args.rows, -1), x_T, mean, components, counts,
+                                 **options)
         return images, [[f"k {k}" for k in counts]] * args.rows
-    thetas = np.linspace(0, getattr(args, "max", 1), args.frames)
-    labels = [f"theta {theta:.3g}" for theta in thetas]
+    maximum = getattr(args, "max", 1)
+    labels = [f"theta {maximum * k / (args.frames - 1):.3g}" for k in range(args.frames)]
     if args.command == "interpolate":
         options["seed"] = args.seed
         images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, **options)[0]
     else:
         images = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames,
-                           components=components, **options)
+                           whole=args.whole, **options)
     return images, [labels] * len(images)
 
 
@@ -361,20 +371,16 @@ def main():
     args = parse_arguments()
     with one_line_errors():
         check_arguments(args)
-        project = args.command == "textdiff" and not args.whole
-        project = project and (args.weights / "ar-prior.pt").exists()
-        kind = "ar" if project or args.command == "reconstruct" else "none"
-        device = pick_device(args.device)
-        stack = load_stack(args.weights, device, args.size, kind, args.clip, args.bpe)
+        kind = "ar" if args.command == "reconstruct" else "none"
+        stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip,
+                           args.bpe, judge=args.command == "textdiff" and not args.whole)
         wanted = max(getattr(args, "components", None) or [0])
         if wanted and wanted > (kept := len(stack["ar-prior"].components)):
-            raise UserError(f"--components {wanted}: {args.weights}'s ar-prior.pt keeps {kept} "
-                            "components of z_i")
-        given = args.pictures, args.caption, args.steps, args.seed
-        pairs, caption, steps = read_latents(stack, *given)
+            raise UserError(f"--components {wanted}: {args.weights}/ar-prior.pt keeps only {kept}")
+        pairs, *given = read_latents(stack, args.pictures, args.caption, args.steps, args.seed)
         for path, pair in zip(args.save_latent, pairs):
-            save_latent(path, stack, *pair, caption, steps)
-        images, labels = run(args, stack, pairs, caption, steps)
+            save_latent(path, stack, *pair, *given)
+        images, labels = run(args, stack, pairs, *given)
         made = torch.cat([row[:len(names)] for row, names in zip(images, labels)])
         frames = iter(enlarge(stack, made, args.size, args.seed, bar=True))
         strip = [[(name, next(frames)) for name in names] for names in labels]

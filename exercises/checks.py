@@ -826,7 +826,11 @@ def text_diff(run):
         expect(all(caption in words for caption in captions), "the captions read are `to` and `source`")
         return {"z_t": torch.stack([words[caption] for caption in captions])}, {"z_t": torch.zeros(1, 6)}
 
-    given = {"encode_captions": encode_captions, "decode": spied(2, 5, seen)}
+    def restored(stack, z_theta, theta, draws=4):
+        expect("prior" in stack, "without a diffusion prior in the stack, z_θ stays as slerp gives it")
+        return F.normalize(z_theta.double() + theta * unit(6, seed=7), dim=1)
+
+    given = {"encode_captions": encode_captions, "decode": spied(2, 5, seen), "restored": restored}
     got = run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, "a caption", 20, given=given)
     there, here = words["a blue circle"].expand(2, -1), words["a red circle"].expand(2, -1)
     z, toward = seen["z_i"], F.normalize(there - here, dim=1)
@@ -845,10 +849,14 @@ def text_diff(run):
     same(got, seen["z_i"][..., :1, None, None].expand(2, 5, 3, 2, 2), "the result is what decode gives")
     run(stack, z_i, x_T, "a blue circle", None, 0.4, 5, given=given)
     same(seen["z_i"][:, 4], on_circle(z_i, there, 0.4), "without a source, z_d is z_t of the wanted caption")
-    axes = torch.linalg.qr(torch.randn(6, 3, generator=rng(3)))[0].T
-    run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, components=axes, given=given)
-    same(seen["z_i"][:, 4], on_circle(z_i, F.normalize((there - here) @ axes.T @ axes, dim=1), 0.4), "with components, z_d is the "
-         "normalized part of the difference in their span")
+    both = stack | {"prior": "prior"}
+    run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, given=given)
+    for k in range(5):
+        moved = on_circle(z_i, toward, 0.1 * k)
+        same(seen["z_i"][:, k], restored(both, moved, 0.1 * k), "a diffusion prior in the stack restores z_θ of every frame", {
+            "yours stays as slerp gives it": moved, "each frame has its own θ, not the maximum": restored(both, moved, 0.4)})
+    run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, whole=True, given=given)
+    same(seen["z_i"][:, 4], on_circle(z_i, toward, 0.4), "with `whole`, z_θ stays as slerp gives it")
     refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle",
             "a red circle", 0.4, 5, given=given)
 

@@ -1,6 +1,6 @@
 """Do the manipulations of §3 work? Measured on pictures never trained on, read back from pixels.
 
-In:   weights (CLIP, decoder, ar-prior); --n pictures for each part
+In:   weights (CLIP, decoder, both priors); --n pictures for each part
 Out:  on stdout, a Markdown table for each part; all numbers in --json
 
 Each picture is a scene drawn for this script alone, so its content is known exactly.
@@ -181,7 +181,7 @@ def textdiff(stack, args):
     Its maximum is chosen on other pictures.
     """
     result, rows = {}, []
-    steps, components = args.steps[0], None if args.whole else stack["ar-prior"].components.cpu()
+    steps = args.steps[0]
     for part, (name, (fixed, attribute, value, source, to)) in enumerate(EDITS.items(), 4):
         def make(rng):
             while True:
@@ -207,18 +207,17 @@ def textdiff(stack, args):
         z_i, x_T = manipulate.invert(stack, to_images(scenes), steps=steps, seed=args.seed, bar=True)
         rest, test = slice(args.n, n), slice(0, args.n)
         tried = manipulate.text_diff(stack, z_i[rest], x_T[rest], say(to)[rest], say(source)[rest], THETAS / 10, THETAS + 1,
-                                     steps=steps, bar=True, components=components)
+                                     steps=steps, bar=True, whole=args.whole)
         scores = {k / 10: measured(tried[:, k], scenes[rest]) for k in range(1, THETAS + 1)}
         best = max(scores, key=lambda theta: (scores[theta][2], -theta))
         made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, steps=steps, bar=True,
-                                    components=components)
+                                    whole=args.whole)
         edited = [replace(s, things=(replace(s.things[0], **{attribute: value}),)) for s in scenes[test]]
         if attribute == "size":
             edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]
         z_true = manipulate.invert(stack, to_images(edited), steps=2)[0]
         true = manipulate.decode(stack, z_true[:, None], x_T[test][:, None], steps=steps, bar=True)[:, 0]
         z_d = z_t(stack, say(to)[test]) - z_t(stack, say(source)[test])
-        z_d = z_d if args.whole else z_d @ components.T @ components
         cosine = float(F.cosine_similarity(z_d, z_true - z_i[test]).mean())
         result[name] = {"maximum": best, "cosine": cosine, "text diff": measured(made[:, -1], scenes), "true z_i": measured(true, scenes),
                         "untouched": measured(made[:, 0], scenes), "chosen among": scores}
@@ -259,8 +258,7 @@ def main():
                         help="numbers of DDIM steps to compare "
                         "inversions; all else uses the first (default 50 250)")
     parser.add_argument("--whole", action="store_true",
-                        help="text diffs by the whole difference of captions, as in "
-                             "manipulate.py --whole")
+                        help="leave the z_i of text diffs as moved, as in manipulate.py --whole")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and noise (default 0)")
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="default: the shipped ones")
     parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")
@@ -272,7 +270,7 @@ def main():
         if not 4 <= args.n <= 100_000 or not all(2 <= s <= 950 for s in args.steps) or not 0 <= args.seed < 1 << 30:
             raise UserError("--n must be between 4 and 100000, --steps between 2 and 950, --seed between 0 and 2^30")
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        stack = sample.load_stack(args.weights, pick_device(args.device), 64, "ar")
+        stack = sample.load_stack(args.weights, pick_device(args.device), 64, "ar", judge=True)
         numbers = {"n": args.n, "seed": args.seed, "steps": args.steps}
         for part in args.parts or PARTS:
             numbers[part] = PARTS[part](stack, args)

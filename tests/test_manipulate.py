@@ -22,7 +22,7 @@ import upsample
 from caption_accuracy import read_scene
 from clip_embed import UserError
 from data import shapes
-from manipulate import decode, interpolate, invert, pca_reconstruct, slerp, text_diff, variations
+from manipulate import decode, interpolate, invert, pca_reconstruct, restored, slerp, text_diff, variations
 from weights import checkpoints
 
 
@@ -41,10 +41,11 @@ def stack():
 
 @pytest.fixture
 def weights(stack, tmp_path):
-    """The stack as a folder of checkpoints."""
+    """The stack and a diffusion prior as a folder of checkpoints."""
     mark, folder = checkpoints.fingerprint(stack["clip"]), tmp_path / "weights"
+    stack = stack | {"prior": prior.DiffusionPrior(TINY[prior])}
     folder.mkdir()
-    for stage in ("clip", "ar-prior", "decoder", "upsample-256", "upsample-1024"):
+    for stage in ("clip", "prior", "ar-prior", "decoder", "upsample-256", "upsample-1024"):
         torch.save({"stage": stage, "config": vars(stack[stage].config), "model": stack[stage].state_dict(), "clip": mark,
                     "merges": [" ".join(m) for m in stack["tokenizer"].merges]}, folder / f"{stage}.pt")
     return folder
@@ -195,17 +196,67 @@ def test_a_text_diff_moves_z_i_by_a_share_of_the_angle_to_the_difference_and_kee
     for k in range(5):
         assert torch.allclose(angle(z[:, k], z_i), 0.1 * k * whole, atol=1e-3)
         assert torch.allclose(angle(z[:, k], z_d), (1 - 0.1 * k) * whole, atol=1e-3)
-    axes = torch.linalg.qr(torch.randn(16, 5))[0].T
-    text_diff(stack, z_i, x_T, "a blue star", "a red circle", 1, 2, components=axes)  # only what lies in the span of five directions
-    inside = torch.nn.functional.normalize((read("a blue star") - read("a red circle")) @ axes.T, dim=1) @ axes
-    assert torch.allclose(seen[1][0][:, 1], inside.expand_as(z_i), atol=1e-5)
-    seen.pop()
     text_diff(stack, z_i, x_T, "a blue star", maximum=1, frames=2)
     assert torch.allclose(seen[1][0][:, 1], read("a blue star").expand_as(z_i), atol=1e-5)  # no source: towards z_t itself
     with pytest.raises(UserError, match="must differ"):
         text_diff(stack, z_i, x_T, "a star", "a star")
     with pytest.raises(UserError, match="3 captions for 2 pictures"):
         text_diff(stack, z_i, x_T, ["a star"] * 3)
+
+
+class GaussianPrior(torch.nn.Module):
+    """The exact E[x_0|x_t] of z_i ~ N(mean, s² I), in a diffusion prior's place; it keeps each t and text."""
+
+    def __init__(self, mean, s, **config):
+        super().__init__()
+        self.mean, self.s = torch.nn.Parameter(mean), s
+        self.config, self.asked = prior.PriorConfig(**config), []
+
+    def forward(self, x, t, text):
+        self.asked.append((t, text))
+        a, m, v = prior.cosine_schedule()[t][:, None], self.mean * prior.scale(16), (self.s * prior.scale(16)) ** 2
+        return (m + a.sqrt() * v / (a * v + 1 - a) * (x - a.sqrt() * m)).float()
+
+
+@pytest.mark.parametrize("theta, t", [(0.1, 40), (0.25, 100), (0.5, 200), (1, 400)])
+def test_a_prior_restores_z_theta_to_the_mean_of_what_it_can_have_been(theta, t, stack):
+    """With many draws the noise averages out. Then Bayes' rule weighs z_θ by its share of the variance at t = 400 θ."""
+    mean, s, z_theta = 0.8 * unit(16), 0.1, unit(3, 16)
+    model = GaussianPrior(mean, s)
+    found = restored(stack | {"prior": model}, z_theta, theta, draws=3000)
+    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    signal = f((t + 1) / 1000) / f(0) * (s * 17.2 * math.sqrt(16 / 1024)) ** 2
+    weight = signal / (signal + 1 - f((t + 1) / 1000) / f(0))
+    want = torch.nn.functional.normalize(mean + weight * (z_theta - mean), dim=1)
+    assert torch.allclose(found, want, atol=0.005) and not torch.allclose(found, z_theta, atol=0.03)
+    assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-6)
+    empty = clip_embed.encode_captions(stack["clip"], stack["tokenizer"], [""])[0]["tokens"].expand(3, -1)
+    assert len(model.asked) == 3000
+    assert all(torch.equal(asked, torch.full((3,), t)) and torch.equal(text["tokens"], empty) for asked, text in model.asked)
+
+
+def test_a_row_is_restored_alike_alone_and_in_a_batch_and_theta_0_changes_nothing(stack):
+    with_prior, z_theta = stack | {"prior": prior.DiffusionPrior(TINY[prior])}, unit(300, 16)  # in two batches
+    found = restored(with_prior, z_theta, 0.3)
+    assert torch.equal(restored(with_prior, z_theta, 0.3), found)
+    assert torch.allclose(restored(with_prior, z_theta[280:281], 0.3), found[280:281], atol=1e-5)
+    assert torch.allclose(restored(with_prior, z_theta.flip(0), 0.3).flip(0), found, atol=1e-5)
+    assert torch.equal(restored(with_prior, z_theta, 0), z_theta)
+    standardized = stack | {"prior": GaussianPrior(torch.zeros(16), 1, unit_norm=False)}
+    assert torch.equal(restored(standardized, 9 * z_theta, 0.3), 9 * z_theta)
+
+
+def test_a_prior_in_the_stack_restores_each_frame_with_its_own_theta_unless_whole(stack, code, monkeypatch):
+    z_i, x_T, _ = code
+    seen, captions = [], ("a blue star", "a red circle")
+    monkeypatch.setattr(manipulate, "decode", lambda stack, z, x, *rest, **named: seen.append((z, x)) or x)
+    monkeypatch.setattr(manipulate, "restored", lambda stack, z, theta: (1 + theta) * z)
+    text_diff(stack, z_i, x_T, *captions, maximum=0.4, frames=5)
+    text_diff(stack | {"prior": None}, z_i, x_T, *captions, maximum=0.4, frames=5)
+    text_diff(stack | {"prior": None}, z_i, x_T, *captions, maximum=0.4, frames=5, whole=True)
+    (moved, _), (found, x), (whole, _) = seen
+    assert torch.allclose(found, moved * torch.tensor([1, 1.1, 1.2, 1.3, 1.4])[:, None]) and torch.equal(whole, moved)
+    assert torch.equal(x, x_T[:, None].expand_as(x))
 
 
 def test_the_first_k_components_keep_the_most_and_all_of_them_keep_z_i(stack, monkeypatch):
@@ -238,8 +289,8 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
 @pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0), ("textdiff", 1), ("reconstruction", 1)])
 def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise, and edits from θ = 0.3 on."""
-    def edit(stack, z_i, x_T, to, source, maximum, frames, components, **options):
-        assert components.shape == (9, 3 * 64 * 64)
+    def edit(stack, z_i, x_T, to, source, maximum, frames, whole, **options):
+        assert whole is False
         rows = []
         for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
             scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()
@@ -440,6 +491,15 @@ def test_a_latent_file_is_decoded_as_it_was_inverted_or_not_at_all(weights, tmp_
     assert "was inverted with caption '' in 3 steps" in capsys.readouterr().err
     assert run(monkeypatch, "variations", path, "--caption", "a star", "--weights", weights) == 2
     assert "so not with 'a star' in 3" in capsys.readouterr().err
+
+
+def test_without_a_diffusion_prior_a_text_diff_is_the_papers(weights, picture, tmp_path, monkeypatch, capsys):
+    command = ["textdiff", picture, "--to", "a blue star", "--frames", "2", "--steps", "3", "--weights", weights, "--out"]
+    assert run(monkeypatch, *command, tmp_path / "restored.png") == run(monkeypatch, *command, tmp_path / "whole.png", "--whole") == 0
+    (weights / "prior.pt").unlink()
+    assert run(monkeypatch, *command, tmp_path / "without.png") == 0
+    files = [(tmp_path / f"{name}.png").read_bytes() for name in ("whole", "without", "restored")]
+    assert files[0] == files[1] != files[2]
 
 
 def test_without_an_autoregressive_prior_there_are_no_components(weights, picture, monkeypatch, capsys):

@@ -32,8 +32,9 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
 
     prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
     clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
-    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one, to judge
-    candidates. Raises UserError for a checkpoint that is missing, damaged, or of another CLIP.
+    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one: it judges
+    candidates and restores text diffs. Raises UserError for a checkpoint that is missing, damaged,
+    or of another CLIP.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
