@@ -149,24 +149,25 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 
 
 @torch.no_grad()
-def restored(stack, z_theta, theta, draws=4):
-    """z_θ (B, d) put back among the z_i of pictures by the diffusion prior: (B, d), unit-norm.
+def restored(stack, z_i, z_theta, t=160):
+    """z_θ (B, d), to which z_i moved, put back among pictures' z_i by the diffusion prior: (B, d).
 
     Not in the paper. z_d is not exactly a difference of pictures: z_θ lies beside all z_i that the
-    decoder has learned from, the farther, the larger θ. The prior has learned the same z_i. It
-    restores z_θ from noise of timestep 400 θ, without a caption, as the mean of several draws; all
-    rows share the noise. θ = 0 changes nothing, nor does a prior without unit norm (Karlo's).
+    decoder has learned from. The prior has learned the same z_i. Without a caption, it restores
+    z_i and z_θ from the same noise of timestep t; z_i moves by the difference. So z_i keeps what
+    the prior cannot restore (places). A prior without unit norm (Karlo's) is not asked.
     """
-    model, t, (B, d) = stack["prior"], round(400 * theta), z_theta.shape
-    if t == 0 or not model.config.unit_norm:
+    model, d = stack["prior"], z_i.shape[1]
+    if not model.config.unit_norm:
         return z_theta
-    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * B)
-    t, device = torch.full((B,), t), text["z_t"].device
-    eps = torch.randn(draws, 1, d, generator=torch.Generator().manual_seed(0))
-    noised = prior.q_sample(z_theta.cpu() * prior.scale(d), t, eps, prior.cosine_schedule())
-    z_0 = in_batches(model, B, 256, lambda part: sum(  # noised: (draws, B, d)
-        model(x[part].to(device), t[part].to(device), rows(text, part)) for x in noised))
-    return F.normalize(z_0, dim=1)
+    z_0 = torch.cat([z_i, z_theta]).cpu() * prior.scale(d)  # (2B, d)
+    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * len(z_0))
+    t, device = torch.full((len(z_0),), t), text["z_t"].device
+    eps = torch.randn(d, generator=torch.Generator().manual_seed(0))  # one for all rows
+    z = prior.q_sample(z_0, t, eps, prior.cosine_schedule())
+    own, moved = in_batches(model, len(z), 256, lambda part: model(
+        z[part].to(device), t[part].to(device), rows(text, part))).chunk(2)
+    return F.normalize(z_i + (moved - own) / prior.scale(d), dim=1)
 
 
 @torch.no_grad()
@@ -189,10 +190,9 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
     if (z_d.norm(dim=1) < 1e-4).any():
         raise UserError("the two captions of a text diff must differ: z_i moves by the difference")
     z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
-    thetas = [maximum * k / (frames - 1) for k in range(frames)]
-    z_theta = [slerp(z_i, z_d, theta) for theta in thetas]
+    z_theta = [slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)]
     if "prior" in stack and not whole:
-        z_theta = [restored(stack, z, theta) for z, theta in zip(z_theta, thetas)]
+        z_theta = [restored(stack, z_i, z) for z in z_theta]
     z_theta, x_T = torch.stack(z_theta, 1), x_T[:, None].expand(-1, frames, -1, -1, -1)
     return decode(stack, z_theta, x_T, captions, 0, steps, bar=bar)
 

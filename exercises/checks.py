@@ -826,9 +826,9 @@ def text_diff(run):
         expect(all(caption in words for caption in captions), "the captions read are `to` and `source`")
         return {"z_t": torch.stack([words[caption] for caption in captions])}, {"z_t": torch.zeros(1, 6)}
 
-    def restored(stack, z_theta, theta, draws=4):
+    def restored(stack, z_i, z_theta, t=160):
         seen["restored"] = True
-        return F.normalize(z_theta.double() + theta * unit(6, seed=7), dim=1)
+        return F.normalize(2 * z_theta.double() - z_i, dim=1)
 
     given = {"encode_captions": encode_captions, "decode": spied(2, 5, seen), "restored": restored}
     got = run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, "a caption", 20, given=given)
@@ -854,8 +854,8 @@ def text_diff(run):
     run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, given=given)
     for k in range(5):
         moved = on_circle(z_i, toward, 0.1 * k)
-        same(seen["z_i"][:, k], restored(both, moved, 0.1 * k), "a diffusion prior in the stack restores z_θ of every frame", {
-            "yours stays as slerp gives it": moved, "each frame has its own θ, not the maximum": restored(both, moved, 0.4)})
+        same(seen["z_i"][:, k], restored(both, z_i, moved), "a diffusion prior in the stack restores z_θ of every frame", {
+            "yours stays as slerp gives it": moved, "z_i comes first, then z_θ": restored(both, moved, z_i)})
     run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, whole=True, given=given)
     same(seen["z_i"][:, 4], on_circle(z_i, toward, 0.4), "with `whole`, z_θ stays as slerp gives it")
     refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle",
