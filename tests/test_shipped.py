@@ -31,6 +31,15 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (10, 8, 2.0, 64)
 
 
+def test_the_emoji_weights_fit_together_and_name_whose_pictures_they_learned_from():
+    folder = ROOT / "weights/emoji"
+    stack = sample.load_stack(folder, "cpu", 256)
+    assert set(stack) == {"clip", "tokenizer", "prior", "decoder", "upsample-256"}
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 40e6
+    licences = (folder / "LICENCES.txt").read_text()
+    assert all(name in licences for name in ("Noto", "Twemoji", "Fluent", "CC BY 4.0", "Apache", "MIT"))
+
+
 def test_the_decoder_on_z_t_stands_beside_the_shipped_clip():
     other = load_network(ON_Z_T / "decoder.pt", "decoder", sample.load_stack(), given="z_t")
     assert other.config.embed_dim == sample.load_stack()["decoder"].config.embed_dim
