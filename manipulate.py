@@ -172,12 +172,12 @@ def restored(stack, z_i, z_theta, t=160):
 
 @torch.no_grad()
 def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions="", steps=50,
-              bar=False, whole=False):
+              bar=False, restore=False):
     """Pictures moved from the meaning of `source` to that of `to`, (B, frames, 3, 64, 64) (§3.3).
 
     z_d = z_t − z_t0, normalized; z_θ = slerp(z_i, z_d, θ), θ from 0 to maximum; x_T stays (fig. 5).
-    source None: z_d = z_t. to, source: one for all or one each. Not in the paper: unless whole, a
-    diffusion prior in the stack restores z_θ. Raises UserError, also for captions of the same z_t.
+    source None: z_d = z_t. to, source: one for all or one each. Not in the paper: with restore, the
+    stack's diffusion prior restores z_θ. Raises UserError, also for captions of the same z_t.
     """
     if frames < 2:
         raise UserError(f"{frames} frames: must be at least 2")
@@ -191,7 +191,7 @@ def text_diff(stack, z_i, x_T, to, source=None, maximum=0.5, frames=7, captions=
         raise UserError("the two captions of a text diff must differ: z_i moves by the difference")
     z_d = F.normalize(z_d, dim=1) * z_i.norm(dim=1, keepdim=True)
     z_theta = [slerp(z_i, z_d, maximum * k / (frames - 1)) for k in range(frames)]
-    if "prior" in stack and not whole:
+    if restore:
         z_theta = [restored(stack, z_i, z) for z in z_theta]
     z_theta, x_T = torch.stack(z_theta, 1), x_T[:, None].expand(-1, frames, -1, -1, -1)
     return decode(stack, z_theta, x_T, captions, 0, steps, bar=bar)
@@ -363,7 +363,7 @@ def run(args, stack, pairs, caption, steps):
         images = interpolate(stack, *pairs, args.frames, args.noise, args.rows, **options)[0]
     else:
         images = text_diff(stack, z_i, x_T, args.to, args.source, args.max, args.frames,
-                           whole=args.whole, **options)
+                           restore="prior" in stack, **options)
     return images, [labels] * len(images)
 
 

@@ -832,7 +832,7 @@ def text_diff(run):
 
     given = {"encode_captions": encode_captions, "decode": spied(2, 5, seen), "restored": restored}
     got = run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, "a caption", 20, given=given)
-    expect("restored" not in seen, "without a diffusion prior in the stack, z_θ stays as slerp gives it")
+    expect("restored" not in seen, "without `restore`, z_θ stays as slerp gives it")
     there, here = words["a blue circle"].expand(2, -1), words["a red circle"].expand(2, -1)
     z, toward = seen["z_i"], F.normalize(there - here, dim=1)
     same(z[:, 0], z_i, "the first frame, θ = 0, is the picture's own z_i", {"the way leads from z_i to z_d, not back": toward})
@@ -850,14 +850,11 @@ def text_diff(run):
     same(got, seen["z_i"][..., :1, None, None].expand(2, 5, 3, 2, 2), "the result is what decode gives")
     run(stack, z_i, x_T, "a blue circle", None, 0.4, 5, given=given)
     same(seen["z_i"][:, 4], on_circle(z_i, there, 0.4), "without a source, z_d is z_t of the wanted caption")
-    both = stack | {"prior": "prior"}
-    run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, given=given)
+    run(stack, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, restore=True, given=given)
     for k in range(5):
         moved = on_circle(z_i, toward, 0.1 * k)
-        same(seen["z_i"][:, k], restored(both, z_i, moved), "a diffusion prior in the stack restores z_θ of every frame", {
-            "yours stays as slerp gives it": moved, "z_i comes first, then z_θ": restored(both, moved, z_i)})
-    run(both, z_i, x_T, "a blue circle", "a red circle", 0.4, 5, whole=True, given=given)
-    same(seen["z_i"][:, 4], on_circle(z_i, toward, 0.4), "with `whole`, z_θ stays as slerp gives it")
+        same(seen["z_i"][:, k], restored(stack, z_i, moved), "with `restore`, z_θ of every frame is restored", {
+            "yours stays as slerp gives it": moved, "z_i comes first, then z_θ": restored(stack, moved, z_i)})
     refuses(run, "two captions that say the same to CLIP raise UserError", "UserError", stack, z_i, x_T, "the same circle",
             "a red circle", 0.4, 5, given=given)
 

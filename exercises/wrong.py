@@ -170,10 +170,9 @@ WRONG = {
              "z_i.norm(dim=1, keepdim=True)", "z_d")]),
          ("text_diff", "goes all the way", "θ ends at maximum", [("maximum * k / (frames - 1)", "k / (frames - 1)")]),
          ("text_diff", "walks back from z_d", "not back", [("slerp(z_i, z_d, maximum", "slerp(z_d, z_i, maximum")]),
-         ("text_diff", "does not restore", "yours stays as slerp gives it", [('if "prior" in stack and not whole:', "if False:")]),
+         ("text_diff", "does not restore", "yours stays as slerp gives it", [("if restore:", "if False:")]),
          ("text_diff", "restores from z_θ to z_i", "z_i comes first", [("restored(stack, z_i, z)", "restored(stack, z, z_i)")]),
-         ("text_diff", "restores the whole too", "with `whole`", [(" and not whole:", ":")]),
-         ("text_diff", "takes a prior for granted", "without a diffusion prior", [('if "prior" in stack and not whole:', "if not whole:")])],
+         ("text_diff", "always restores", "without `restore`", [("if restore:", "if True:")])],
     20: [("pca_reconstruct", "forgets the mean", "added back", [("mean + (z_i - mean)", "(z_i - mean)")]),
          ("pca_reconstruct", "projects without subtracting the mean", "before you project", [("(z_i - mean) @", "z_i @")]),
          ("pca_reconstruct", "normalizes", "not to be normalized", [

@@ -207,11 +207,11 @@ def textdiff(stack, args):
         z_i, x_T = manipulate.invert(stack, to_images(scenes), steps=steps, seed=args.seed, bar=True)
         rest, test = slice(args.n, n), slice(0, args.n)
         tried = manipulate.text_diff(stack, z_i[rest], x_T[rest], say(to)[rest], say(source)[rest], THETAS / 10, THETAS + 1,
-                                     steps=steps, bar=True, whole=args.whole)
+                                     steps=steps, bar=True, restore=not args.whole)
         scores = {k / 10: measured(tried[:, k], scenes[rest]) for k in range(1, THETAS + 1)}
         best = max(scores, key=lambda theta: (scores[theta][2], -theta))
         made = manipulate.text_diff(stack, z_i[test], x_T[test], say(to)[test], say(source)[test], best, 2, steps=steps, bar=True,
-                                    whole=args.whole)
+                                    restore=not args.whole)
         edited = [replace(s, things=(replace(s.things[0], **{attribute: value}),)) for s in scenes[test]]
         if attribute == "size":
             edited = [lay_out(s, np.random.default_rng([args.seed, 1 << 57, part, k])) for k, s in enumerate(edited)]

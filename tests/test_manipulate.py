@@ -247,14 +247,14 @@ def test_a_row_is_restored_alike_alone_and_in_a_batch_and_no_move_is_none_after_
     assert torch.equal(restored(standardized, 9 * z_i, 9 * z_theta), 9 * z_theta)
 
 
-def test_a_prior_in_the_stack_restores_each_frame_unless_whole(stack, code, monkeypatch):
+def test_the_prior_restores_each_frame_only_if_asked(stack, code, monkeypatch):
     z_i, x_T, _ = code
     seen, captions = [], ("a blue star", "a red circle")
     monkeypatch.setattr(manipulate, "decode", lambda stack, z, x, *rest, **named: seen.append((z, x)) or x)
     monkeypatch.setattr(manipulate, "restored", lambda stack, z_i, z_theta: z_i + 2 * (z_theta - z_i))
     text_diff(stack, z_i, x_T, *captions, maximum=0.4, frames=5)
+    text_diff(stack | {"prior": None}, z_i, x_T, *captions, maximum=0.4, frames=5, restore=True)
     text_diff(stack | {"prior": None}, z_i, x_T, *captions, maximum=0.4, frames=5)
-    text_diff(stack | {"prior": None}, z_i, x_T, *captions, maximum=0.4, frames=5, whole=True)
     (moved, _), (found, x), (whole, _) = seen
     assert torch.allclose(found, 2 * moved - z_i[:, None], atol=1e-6) and torch.equal(whole, moved)
     assert torch.equal(x, x_T[:, None].expand_as(x))
@@ -290,8 +290,8 @@ def test_decode_reads_one_caption_for_all_or_one_each(stack, code):
 @pytest.mark.parametrize("part, tables", [("inversion", 2), ("variations", 2), ("interpolation", 0), ("textdiff", 1), ("reconstruction", 1)])
 def test_a_perfect_codec_measures_as_perfect(part, tables, monkeypatch, capsys):
     """experiments/manipulations.py with the picture itself as its z_i, handed out whatever the noise, and edits from θ = 0.3 on."""
-    def edit(stack, z_i, x_T, to, source, maximum, frames, whole, **options):
-        assert whole is False
+    def edit(stack, z_i, x_T, to, source, maximum, frames, restore, **options):
+        assert restore
         rows = []
         for image, caption in zip(z_i.unflatten(-1, (3, 64, 64)), to):
             scene, (_, word, *shape) = read_scene(sample.to_picture(image)), caption.split()

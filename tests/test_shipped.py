@@ -106,7 +106,7 @@ def test_inversion_gives_pictures_back_and_z_i_its_colour_to_anothers_noise():
 def test_a_text_diff_makes_red_circles_blue_and_keeps_all_else_that_captions_say():
     stack, scenes = sample.load_stack(), scenes_of(91, 8, 0, lambda rng: single(rng, shape="circle", colour="red"))
     z_i, x_T = manipulate.invert(stack, to_images(scenes), steps=25)
-    made = manipulate.text_diff(stack, z_i, x_T, "a blue circle", "a red circle", 0.3, 2, steps=25)[:, 1]
+    made = manipulate.text_diff(stack, z_i, x_T, "a blue circle", "a red circle", 0.3, 2, steps=25, restore=True)[:, 1]
     found, right = [read_scene(sample.to_picture(image)) for image in made], 0
     for new, old in zip(found, scenes):
         things = [(t.colour, t.shape, t.size, t.fill) for t in new.things]
