@@ -17,7 +17,7 @@ lacks the draw of z_i. It is like GLIDE with a pretrained text encoder, and lear
 caption long before a model that begins with nothing. Table 1's questions are asked about the means
 over all scales of the sweep. So no scale is chosen by the measure that judges it.
 
-    python experiments/guidance.py --z-t weights/z_t/decoder.pt --picture docs/guidance.png
+    python experiments/guidance.py --glide weights/glide/decoder.pt --n 24 --picture docs/guidance.png
 """
 
 import sys

@@ -19,7 +19,7 @@ from sweep import captions_of
 from data.shapes import random_scene
 
 ROOT = Path(__file__).parent.parent
-ON_Z_T = ROOT / "weights/z_t"
+ON_Z_T, GLIDE = ROOT / "weights/z_t", ROOT / "weights/glide"
 SCRIPT = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu"]
 
 
@@ -40,8 +40,9 @@ def test_the_emoji_weights_fit_together_and_name_whose_pictures_they_learned_fro
     assert all(name in licences for name in ("Noto", "Twemoji", "Fluent", "CC BY 4.0", "Apache", "MIT"))
 
 
-def test_the_decoder_on_z_t_stands_beside_the_shipped_clip():
-    other = load_network(ON_Z_T / "decoder.pt", "decoder", sample.load_stack(), given="z_t")
+@pytest.mark.parametrize("folder, given", [(ON_Z_T, "z_t"), (GLIDE, "caption")])
+def test_the_baselines_stand_beside_the_shipped_clip(folder, given):
+    other = load_network(folder / "decoder.pt", "decoder", sample.load_stack(), given=given)
     assert other.config.embed_dim == sample.load_stack()["decoder"].config.embed_dim
 
 
