@@ -123,7 +123,8 @@ def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, se
     """
     made = []
     for eta in etas:
-        count, guidance = n if eta else 1, 1 + eta * (stack["decoder"].config.guidance - 1)
+        count = n if eta else 1
+        guidance = 1 + eta * (stack["decoder"].config.guidance - 1)
         codes = (half[:, None].expand(-1, count, *half.shape[1:]) for half in (z_i, x_T))
         images = decode(stack, *codes, captions, eta, steps, seed, bar, guidance)
         made.append(images.expand(-1, n, -1, -1, -1))
@@ -160,14 +161,13 @@ def restored(stack, z_i, z_theta, t=160):
     model, d = stack["prior"], z_i.shape[1]
     if not model.config.unit_norm:
         return z_theta
-    z_0 = torch.cat([z_i, z_theta]).cpu() * prior.scale(d)  # (2B, d)
-    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * len(z_0))
-    t, device = torch.full((len(z_0),), t), text["z_t"].device
-    eps = torch.randn(d, generator=torch.Generator().manual_seed(0))  # one for all rows
-    z = prior.q_sample(z_0, t, eps, prior.cosine_schedule())
-    own, moved = in_batches(model, len(z), 256, lambda part: model(
-        z[part].to(device), t[part].to(device), rows(text, part))).chunk(2)
-    return F.normalize(z_i + (moved - own) / prior.scale(d), dim=1)
+    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""])
+    z_0 = torch.cat([z_i, z_theta]).to(text["z_t"]) * prior.scale(d)  # (2B, d)
+    text = {k: v.expand(len(z_0), *v.shape[1:]) for k, v in text.items()}
+    t = torch.full((len(z_0),), t, device=z_0.device)
+    eps = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(z_0)  # one for all rows
+    own, moved = model(prior.q_sample(z_0, t, eps, prior.cosine_schedule()), t, text).chunk(2)
+    return F.normalize(z_i + (moved - own).to(z_i) / prior.scale(d), dim=1)
 
 
 @torch.no_grad()
