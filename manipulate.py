@@ -164,7 +164,7 @@ def restored(stack, z_i, z_theta, t=160):
     text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""])
     z_0 = torch.cat([z_i, z_theta]).to(text["z_t"]) * prior.scale(d)  # (2B, d)
     text = {k: v.expand(len(z_0), *v.shape[1:]) for k, v in text.items()}
-    t = torch.full((len(z_0),), t, device=z_0.device)
+    t = torch.full_like(z_0[:, 0], t, dtype=torch.long)
     eps = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(z_0)  # one for all rows
     own, moved = model(prior.q_sample(z_0, t, eps, prior.cosine_schedule()), t, text).chunk(2)
     return F.normalize(z_i + (moved - own).to(z_i) / prior.scale(d), dim=1)
