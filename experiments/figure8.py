@@ -1,13 +1,14 @@
 """What does the decoder draw for a caption with each kind of z_i? (§5.1, fig. 8)
 
-In:   a folder of checkpoints; --z-t, a decoder trained on z_t in z_i's place (python train.py
-      decoder --given z_t)
+In:   a folder of checkpoints; --glide, a decoder trained on the caption alone (python train.py
+      decoder --given caption); --z-t, one trained on z_t in z_i's place (--given z_t)
 Out:  on stdout, a table: how often each attribute of the caption is shown, and Fréchet distances to
       true renderings. The rows are the caption alone (z_i = 0), z_t in z_i's place, z_i from the
-      autoregressive prior, z_i from the diffusion prior, and z_i of a true picture of the caption.
-      Then the conclusions. --picture: the first captions' pictures, one kind of z_i per row
+      autoregressive prior, z_i from the diffusion prior, z_i of a true picture of the caption, and
+      the decoders of --glide and --z-t. Then the conclusions. --picture: the first captions'
+      pictures, one kind of z_i per row
 
-    python experiments/figure8.py --z-t weights/z_t/decoder.pt --picture docs/figure8.png
+    python experiments/figure8.py --glide weights/glide/decoder.pt --picture docs/figure8.png
 """
 
 import sys
@@ -24,13 +25,13 @@ from priors import embed
 from sweep import captions_of
 
 KINDS = {"caption alone": "none", "z_t": "text", "AR prior": "ar", "diffusion prior": "diffusion"}
-TRAINED = "z_t, decoder trained on it"
+TRAINED = "{}, decoder trained on it"
 
 
-def measure(stack, args, on_z_t=None):
+def measure(stack, args, others):
     """({kind: {column: pseudo-values}}, a picture of the first captions).
 
-    on_z_t: the stack with a decoder trained on z_t.
+    others: {a kind of z_i: a decoder trained on it}.
     """
     seen, first, captions = {}, {}, []
     for seed in seeds(args):
@@ -38,9 +39,10 @@ def measure(stack, args, on_z_t=None):
         captions.append(some)
         z_i = {name: draw(stack, some, seed, kind) for name, kind in KINDS.items()}
         z_i["true z_i"] = embed(stack, true_scenes(some, 1000 + seed))
-        decoders = dict.fromkeys(z_i, stack) | ({TRAINED: on_z_t} if on_z_t else {})
-        for name, networks in decoders.items():
-            images = decode(networks, z_i["z_t" if name == TRAINED else name], some, seed, steps=args.steps)
+        given = {name: (stack, z) for name, z in z_i.items()}
+        given |= {TRAINED.format(name): (stack | {"decoder": other}, z_i[name]) for name, other in others.items()}
+        for name, (networks, z) in given.items():
+            images = decode(networks, z, some, seed, steps=args.steps)
             seen.setdefault(name, []).append(observe(images, some))
             first.setdefault(name, images)
     columns = {name: right(name) for name in ("all", "bound", "count", "shape", "colour", "relation")} | fidelity(captions)
@@ -61,14 +63,16 @@ def conclusions(rows):
 def main():
     parser = options("Give the decoder a caption with each kind of z_i, and read back its "
                      "pictures.", 36, "captions, half of one thing, half of two")
+    parser.add_argument("--glide", type=Path, metavar="PATH", help="a decoder trained with --given caption (default: left out)")
     parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         device = pick_device(args.device)
         stack = sample.load_stack(args.weights, device)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
-        on_z_t = {**stack, "decoder": load_network(args.z_t, "decoder", stack, "z_t")} if args.z_t else None
-        rows, picture = measure(stack, args, on_z_t)
+        trained = {"caption alone": (args.glide, "caption"), "z_t": (args.z_t, "z_t")}
+        others = {name: load_network(path, "decoder", stack, given) for name, (path, given) in trained.items() if path}
+        rows, picture = measure(stack, args, others)
         show(rows, "z_i")
         finish(args, conclusions(rows), picture, rows=rows)
 

@@ -3,19 +3,17 @@
 A model of the caption alone should lose it.
 
 In:   a folder of checkpoints, and a model of the caption alone. --glide: a decoder trained with
-      python train.py decoder --given caption. --z-t: one trained on the caption and its z_t
-      (--given z_t). Without either, unCLIP's own decoder gets the caption alone, which it saw in 5%
-      of its training
+      python train.py decoder --given caption. Without it, unCLIP's own decoder gets the caption
+      alone, which it saw in 5% of its training
 Out:  on stdout, a table for each model and guidance scale: how often a picture shows its whole
       caption; Fréchet distances to true renderings, of the attributes that the reader finds and of
       random features; how much two pictures of a caption differ in the things that it leaves open,
       as a share of the world's diversity. Then the conclusions. --picture: eight pictures of one
       caption as guidance grows (fig. 9), and the curves below (figs. 10, 11)
 
-z_t follows from the caption. So a decoder of z_t and the caption models P(x|y), as GLIDE does; it
-lacks the draw of z_i. It is like GLIDE with a pretrained text encoder, and learns to use the
-caption long before a model that begins with nothing. Table 1's questions are asked about the means
-over all scales of the sweep. So no scale is chosen by the measure that judges it.
+The model of the caption alone reads CLIP's states of the caption and its z_t. So it is like GLIDE
+with a pretrained text encoder; it lacks the draw of z_i. Table 1's questions are asked about the
+means over all scales of the sweep. So no scale is chosen by the measure that judges it.
 
     python experiments/guidance.py --glide weights/glide/decoder.pt --n 24 --picture docs/guidance.png
 """
@@ -83,22 +81,17 @@ def main():
                      "GLIDE: accuracy, fidelity and diversity.", 16,
                      "captions, half of one thing, half of two, each drawn twice")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4, 8], help="scales (default 1 2 4 8)")
-    alone = parser.add_mutually_exclusive_group()
-    alone.add_argument("--glide", type=Path, metavar="PATH",
-                       help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
-    alone.add_argument("--z-t", type=Path, metavar="PATH",
-                       help="a decoder trained with --given z_t, CLIP's embedding of the caption")
+    parser.add_argument("--glide", type=Path, metavar="PATH",
+                        help="a decoder trained with --given caption (default: unCLIP's, z_i = 0)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         if any(not 0 <= scale <= 100 for scale in args.guidance):
             raise UserError("--guidance: each must be between 0 and 100")
         args.guidance = sorted(set(args.guidance))
         stack = sample.load_stack(args.weights, pick_device(args.device))
-        given, path = ("z_t", args.z_t) if args.z_t else ("caption", args.glide)
-        alone = {**stack, "decoder": load_network(path, "decoder", stack, given)} if path else stack
-        name, kind = ("caption and z_t", "text") if args.z_t else ("caption alone", "none")
-        print(f"The {name} {'are' if args.z_t else 'is'} given to {path or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
-        models = {name: (alone, kind), "unCLIP": (stack, "diffusion")}
+        alone = {**stack, "decoder": load_network(args.glide, "decoder", stack, "caption")} if args.glide else stack
+        print(f"The caption alone is given to {args.glide or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
+        models = {"caption alone": (alone, "none"), "unCLIP": (stack, "diffusion")}
         rows, true = measure(models, args)
         show({"true renderings": true} | {f"{model}, guidance {scale}": row for model, scales in rows.items()
                                           for scale, row in scales.items()})

@@ -26,7 +26,6 @@ import priors
 import sample
 import table2
 import train
-import train_only
 import train_words
 import typographic
 from caption_accuracy import parse_caption, score
@@ -198,9 +197,11 @@ def test_earliness_is_1_for_what_the_first_component_brings_and_less_for_what_co
 
 
 def test_shapes_are_read_under_the_words_and_words_are_other_shapes():
-    plain, worded = typographic.scenes_of(24, 3)
-    for scenes in (plain, worded):
-        assert [typographic.read_shape(image) for image in to_images(scenes)] == [s.things[0].shape for s in plain]
+    plain, worded = typographic.scenes_of(48, 3)
+    own = [s.things[0].shape for s in plain]
+    assert [typographic.read_shape(image) for image in to_images(plain)] == own
+    under = [typographic.read_shape(image) for image in to_images(worded)]
+    assert sum(map(str.__eq__, under, own)) >= 44  # a word can hide what tells a shape from another
     assert all(s.things[0].word not in ("", s.things[0].shape) for s in worded) and not any(s.things[0].word for s in plain)
     assert (to_images(plain) - to_images(worded)).abs().flatten(1).amax(1).min() > 0.5
     assert typographic.read_shape(torch.ones(3, 64, 64)) is None
@@ -232,10 +233,10 @@ def few(monkeypatch):
 
 
 LONG = [pytest.param(*case, marks=pytest.mark.slow)
-        for case in ((guidance, "caption"), (guided_prior, None), (typographic, None), (components, None), (composition, None))]
+        for case in ((figure8, "caption"), (guided_prior, None), (typographic, None), (components, None), (composition, None))]
 
 
-@pytest.mark.parametrize("script, given", [(guidance, "z_t"), (figure8, "z_t"), (table2, None), (binding, None), *LONG])
+@pytest.mark.parametrize("script, given", [(guidance, "caption"), (figure8, "z_t"), (table2, None), (binding, None), *LONG])
 def test_every_script_writes_its_table_numbers_and_picture(script, given, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
     torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / "given.pt")
     if script is table2:  # which counts the operations of a training step
@@ -255,9 +256,9 @@ def test_every_script_writes_its_table_numbers_and_picture(script, given, weight
     assert min(Image.open(tmp_path / "a.png").size) > 100
 
 
-@pytest.mark.parametrize("option, given, kind", [("--glide", "caption", "none"), ("--z-t", "z_t", "text"), (None, None, "none")])
-def test_the_model_of_the_caption_alone_gets_what_its_decoder_was_trained_on(option, given, kind, weights, tmp_path, monkeypatch):  # noqa: F811
-    checkpoint = torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}
+@pytest.mark.parametrize("option", ["--glide", None])
+def test_the_model_of_the_caption_alone_is_its_own_decoder_or_unclips_without_z_i(option, weights, tmp_path, monkeypatch):  # noqa: F811
+    checkpoint = torch.load(weights / "decoder.pt", weights_only=True) | {"given": "caption"}
     checkpoint["model"] = checkpoint["model"] | {"conv_out.bias": torch.full_like(checkpoint["model"]["conv_out.bias"], 7)}
     torch.save(checkpoint, tmp_path / "given.pt")
     monkeypatch.setattr(sys, "argv", ["guidance", "--weights", str(weights), "--device", "cpu",
@@ -268,15 +269,14 @@ def test_the_model_of_the_caption_alone_gets_what_its_decoder_was_trained_on(opt
         monkeypatch.setattr(guidance, name, lambda *args, **numbers: None)
     guidance.main()
     (alone, its), (unclip, drawn) = seen
-    assert (its, drawn) == (kind, "diffusion") and not (unclip["decoder"].conv_out.bias == 7).any()
+    assert (its, drawn) == ("none", "diffusion") and not (unclip["decoder"].conv_out.bias == 7).any()
     assert bool((alone["decoder"].conv_out.bias == 7).all()) == bool(option)
 
 
 @pytest.mark.parametrize("script, arguments, message", [
     (guidance, ["--n", "1"], "--n 1: must be between 2"), (figure8, ["--seeds", "1"], "--seeds 1: must be between 2"),
     (binding, ["--steps", "1"], "--steps 1: must be"), (guided_prior, ["--guidance", "-1"], "--guidance -1"),
-    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"), (guidance, ["--glide", "a.pt", "--z-t", "b.pt"], "not allowed with"),
-    (guidance, ["--z-t", "DECODER"], "was not trained with --given z_t"),
+    (guidance, ["--glide", "nowhere.pt"], "nowhere.pt"), (guidance, ["--glide", "DECODER"], "was not trained with --given caption"),
     (figure8, ["--z-t", "CLIP"], "is a 'clip' checkpoint, expected 'decoder'"),
     (figure8, ["--z-t", "DECODER"], "was not trained with --given z_t")])
 def test_wrong_use_is_one_line_and_exit_status_2(script, arguments, message, weights, monkeypatch, capsys):  # noqa: F811
@@ -296,7 +296,8 @@ def test_words_are_written_across_a_share_of_large_single_things_and_often_alone
     batches = train_words.WordBatches("clip", 16, 0, None, words=0.5)
     captions = [caption for k in range(12) for caption in batches[k][1]]
     worded = [scene for scene in drawn if any(thing.word for thing in scene.things)]
-    assert 0.3 < len(worded) / len(drawn) < 0.7 and all(len(s.things) == 1 and s.things[0].size == "large" for s in worded)
+    assert 0.3 < len(worded) / len(drawn) < 0.7
+    assert all(len(s.things) == 1 and s.things[0].size == "large" and s.things[0].colour != "black" for s in worded)
     says = [caption for caption in captions if "that says" in caption]
     assert 0.4 < len(says) / len(worded) < 0.9
     for scene, caption in zip(drawn, captions):
@@ -314,33 +315,13 @@ def train_by(script, monkeypatch, *arguments):
         run(script, patch, *arguments, "--device", "cpu", "--workers", 0, "--precision", "float32")
 
 
-def test_only_trains_the_parameters_that_it_names_and_leaves_the_others_as_init_has_them(tiny, monkeypatch):  # noqa: F811
-    """The rest keeps its very bytes, through weight decay, EMA, a resumption and the export: that is what lets it be stored once."""
-    train.train("upsample-256", tiny, torch.device("cpu"))
-    folder = tiny.out.parent
-    checkpoints.export(tiny.out, folder / "first", ["upsample-256"])
-    arguments = ["upsample-256", "--init", folder / "first/upsample-256.pt", "--out", folder / "some", "--seed", 3]
-    only = ["--only", "time_embed", "conv_out"]
-    train_by(train_only, monkeypatch, *arguments, *only)
-    train_by(train_only, monkeypatch, *arguments, "--resume", "--steps", 6, *only)
-    checkpoints.export(folder / "some", folder / "second", ["upsample-256"])
-    first, second = (torch.load(folder / name / "upsample-256.pt", weights_only=True) for name in ("first", "second"))
-    changed = {k for k in first["model"] if not torch.equal(first["model"][k], second["model"][k])}
-    assert changed == {k for k in first["model"] if "time_embed" in k or "conv_out" in k}
-    assert second["trained"]["step"] == 6 and second["only"] == ("time_embed", "conv_out")
-    tiny.out, tiny.resume, tiny.steps = folder / "some", True, 8
-    with pytest.raises(UserError, match=r"trained with another only: .*conv_out.*, not None"):
-        train.train("upsample-256", tiny, torch.device("cpu"))
-
-
-def test_only_says_what_is_wrong(tiny, monkeypatch, capsys):  # noqa: F811
-    train.train("upsample-256", tiny, torch.device("cpu"))
-    arguments = ["upsample-256", "--out", tiny.out.parent / "none", "--only", "time_embed"]
-    for more, message in ((["conv_uot", "--init", tiny.out / "upsample-256.pt"], "--only conv_uot: no parameter of the upsample-256 is called so"),
-                          ([], "--only time_embed: the rest needs weights; say by --init which")):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            train_by(train_only, patch, *arguments, *more)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_the_share_of_words_is_recorded_and_a_training_resumes_with_no_other(tiny, monkeypatch, capsys):  # noqa: F811
+    arguments = ["clip", "--out", tiny.out, "--steps", 2, "--batch-size", 4]
+    train_by(train_words, monkeypatch, *arguments, "--words", 0.5)
+    assert torch.load(tiny.out / "clip.pt", weights_only=True)["words"] == 0.5
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        train_by(train_words, patch, *arguments[:3], "--steps", 3, "--batch-size", 4, "--resume", "--words", 0.25)
+    assert "trained with another words: 0.5, not 0.25" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["z_t", "caption"])
