@@ -251,14 +251,16 @@ def render(scene, side):
     pixels = np.repeat(column.astype(np.float32)[:, None], side, 1)
     for thing in scene.things:
         draw_thing(pixels, thing, fine)
+        if thing.word:
+            write_word(pixels, thing, fine)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def draw_thing(pixels, thing, fine):
-    """Draw a thing, its stripes and its word into pixels (side, side, 3), with fine² points each."""
+    """Draw a thing and its stripes into pixels (side, side, 3), with fine² points each."""
     n, a = len(pixels) * fine, np.deg2rad(thing.tilt)
     turn = [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]
-    middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01  # a word is a little wider
+    middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01
     first = np.floor((middle - reach) * len(pixels)).astype(int).clip(0)  # a box of whole pixels
     last = np.ceil((middle + reach) * len(pixels)).astype(int).clip(max=len(pixels))
     size = tuple(((last - first) * fine).tolist())
@@ -282,16 +284,20 @@ def draw_thing(pixels, thing, fine):
         bars = cover(*(np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
                        for top in np.arange(-0.9, 1, 0.7)))
         bars = ImageChops.darker(bars, inside)
-    if thing.word:  # as wide as the thing
-        width, word = ImageFont.load_default(20).getlength(thing.word), Image.new("L", size)
-        font = ImageFont.load_default(2 * thing.radius * n * 20 / width)
-        place = tuple(middle * n - first * fine)
-        ImageDraw.Draw(word).text(place, thing.word, 255, font, "mm", stroke_width=n // 200)
-        inside, bars = (mask and ImageChops.subtract(mask, word) for mask in (inside, bars))
-        box += share(word) * ((25 if colour.sum() > 400 else 250) - background)
     box += share(inside) * (colour - background)
     if bars:
         box += share(bars) * 0.35 * (255 - colour)
+
+
+def write_word(pixels, thing, fine):
+    """Write a thing's word in black across it, large enough to be read in 64×64 pixels."""
+    n = len(pixels) * fine
+    longest, bold = ImageFont.load_default(100).getlength("triangle"), n // 400
+    font = ImageFont.load_default(0.6 * n * 100 / longest)
+    half = font.getlength(thing.word) / 2 + 2 * bold
+    place, word = (min(max(thing.x * n, half), n - half), thing.y * n), Image.new("L", (n, n))
+    ImageDraw.Draw(word).text(place, thing.word, 255, font, "mm", stroke_width=bold)
+    pixels += np.asarray(word.reduce(fine), np.float32)[..., None] / 255 * (25 - pixels)
 
 
 def fixed_picture(seed, number, side):

@@ -23,9 +23,9 @@ from data.shapes import (SHAPES, ShapeBatches, attributes_in_caption, lay_out, n
 def write_words(group, named, rng):
     """(group, named) of scenes of one thing, with a shape's name across each thing.
 
-    Things become large, because the words would be illegible on small ones. A third of the captions
-    leave the word out, as for other attributes. If a caption names it, the word alone distinguishes
-    the group's scenes, so CLIP must read it.
+    Things become large, because a word would hide a small one. A third of the captions leave the
+    word out, as for other attributes. If a caption names it, the word alone distinguishes the
+    group's scenes, so CLIP must read it.
     """
     if rng.random() < 2 / 3:
         group, named = group[:1] * len(group), named | {(0, "word")}
@@ -43,10 +43,12 @@ class WordBatches(ShapeBatches):
     def draw_group(self, rng):
         if not self.words or rng.random() >= self.words:
             return super().draw_group(rng)
-        scene = random_scene(rng, 1)
-        named = attributes_in_caption(scene, rng)
-        group = [scene, *near_misses(scene, named, rng)] if self.stage == "clip" else [scene]
-        return write_words(group, named, rng)
+        while True:
+            scene = random_scene(rng, 1)
+            named = attributes_in_caption(scene, rng)
+            group = [scene, *near_misses(scene, named, rng)] if self.stage == "clip" else [scene]
+            if all(s.things[0].colour != "black" for s in group):  # black letters would not be seen
+                return write_words(group, named, rng)
 
 
 def main():

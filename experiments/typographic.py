@@ -35,6 +35,7 @@ from data.shapes import lay_out, pick, random_scene
 
 ASKED = "CLIP, asked for the word"
 NEUTRAL = 45  # pixels whose channels differ by less belong to a letter or the background
+RIM = 25  # shades: pixels darker by more than the thing and the background belong to a letter
 
 
 def scenes_of(n, seed):
@@ -55,7 +56,9 @@ def read_shape(image):
     _, plane, _ = fit_background(pixels)
     contrast = (pixels - plane).astype(np.float32)
     differs = np.linalg.norm(contrast, axis=-1) > CONTRAST
-    letters = differs & (np.ptp(pixels, axis=-1) < NEUTRAL)
+    letters, light = differs & (np.ptp(pixels, axis=-1) < NEUTRAL), pixels.mean(-1)
+    if (differs & ~letters).any():  # rims of letters on the thing are darker than the thing and the background
+        letters |= light < np.minimum(np.median(light[differs & ~letters]), plane.mean(-1)) - RIM
     rows, columns = np.nonzero(differs & ~letters)
     if len(rows) < SIDE:
         return None
