@@ -113,11 +113,11 @@ def measure(stack, args):
             add(f"{name} prior", (preference(drawn[name], known) > 0).double().tolist())
         decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions),
                      "diffusion chain": (drawn["diffusion"], captions), "AR chain": (drawn["AR"], captions)}
-        first.setdefault("true", to_images(scenes[:8]))
+        first.setdefault("true", to_images(scenes))
         for link, (z, said) in decodings.items():
             images = decode(stack, z, said, seed, steps=args.steps)
             add(link, verdicts(images, pairs))
-            first.setdefault(link, images[:8])
+            first.setdefault(link, images)
     share = lambda value: lambda observed: float(np.mean([v == value for v in observed]))
     return {link: {"right of the two": jackknife(decided, groups)} | (
         {"right pairs": jackknife(share(1), groups), "swapped pairs": jackknife(share(0), groups)} if link in first else {})

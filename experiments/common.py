@@ -38,6 +38,7 @@ from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase  # no
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
 OPEN = "a heart"  # the caption of the pictures in the sheets
+SHOWN = 5  # pictures in a row of a sheet, which is then 800 pixels wide
 LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 
 # ----------------------------------------------------------------------------- settings
@@ -338,45 +339,54 @@ def finish(args, conclusions, picture, **numbers):
         picture.save(args.picture)
 
 
+def panel(title, lines):
+    """One panel of a chart. lines: {name: [(label, mean, error)]}."""
+    width, height, left, top, bottom, font = 400, 330, 46, 34, 64, ImageFont.load_default(13)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    ends = [mean + sign * error for points in lines.values() for _, mean, error in points if not math.isnan(mean) for sign in (-1, 1)]
+    least, most = min([0, *ends]), max([1e-9, *ends])
+    least, most = 0 if least > -1e-9 else least, 1 if 0.5 < most <= 1 else most
+    count = max(len(points) for points in lines.values())
+    to_xy = lambda k, value: (left + 20 + (width - left - 60) * k / max(1, count - 1),
+                              top + (height - top - bottom) * (most - value) / (most - least))
+    pen.text((left, 8), title, "black", font)
+    for k, (label, *_) in enumerate(max(lines.values(), key=len)):
+        pen.text((to_xy(k, 0)[0], height - bottom + 6), str(label), "black", font, anchor="ma")
+    for value in np.linspace(least, most, 6):
+        y = to_xy(0, value)[1]
+        pen.line([(left, y), (width - 20, y)], "gainsboro")
+        pen.text((8, y), f"{value:.2g}", "black", font, anchor="lm")
+    for row, (colour, (name, points)) in enumerate(zip(LINES, lines.items())):
+        points = [(k, *point) for k, point in enumerate(points) if not math.isnan(point[1])]
+        pen.line([to_xy(k, mean) for k, _, mean, _ in points], colour, 2)
+        for k, _, mean, error in points:
+            pen.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
+        pen.text((left + 8 + 110 * (row % 3), height - 38 + 17 * (row // 3)), name, colour, font)
+    return picture
+
+
 def chart(panels):
-    """Panels of lines side by side, with one standard error up and down.
+    """Panels of lines, two in a row, with one standard error up and down.
 
     panels: {title: {name: [(label, mean, error)]}}. Each panel's axis includes 0.
     """
-    width, height, left, top, bottom = 420, 320, 46, 30, 60
-    picture = Image.new("RGB", (width * len(panels), height), "white")
-    pen = ImageDraw.Draw(picture)
-    for n, (title, lines) in enumerate(panels.items()):
-        ends = [mean + sign * error for points in lines.values() for _, mean, error in points if not math.isnan(mean) for sign in (-1, 1)]
-        least, most = min([0, *ends]), max([1e-9, *ends])
-        least, most = 0 if least > -1e-9 else least, 1 if 0.5 < most <= 1 else most
-        count = max(len(points) for points in lines.values())
-        to_xy = lambda k, value: (n * width + left + 20 + (width - left - 60) * k / max(1, count - 1),
-                                  top + (height - top - bottom) * (most - value) / (most - least))
-        pen.text((n * width + left, 8), title, "black")
-        for k, (label, *_) in enumerate(max(lines.values(), key=len)):
-            pen.text((to_xy(k, 0)[0], height - bottom + 8), str(label), "black", anchor="ma")
-        for value in np.linspace(least, most, 6):
-            y = to_xy(0, value)[1]
-            pen.line([(n * width + left, y), ((n + 1) * width - 20, y)], "gainsboro")
-            pen.text((n * width + 8, y - 6), f"{value:.2g}", "black")
-        for row, (colour, (name, points)) in enumerate(zip(LINES, lines.items())):
-            points = [(k, *point) for k, point in enumerate(points) if not math.isnan(point[1])]
-            pen.line([to_xy(k, mean) for k, _, mean, _ in points], colour, 2)
-            for k, _, mean, error in points:
-                pen.line([to_xy(k, mean - error), to_xy(k, mean + error)], colour, 2)
-            pen.text((n * width + left + 8 + 120 * (row % 3), height - 32 + 14 * (row // 3)), name, colour)
+    drawn = [panel(title, lines) for title, lines in panels.items()]
+    width, height = drawn[0].size
+    picture = Image.new("RGB", (width * min(2, len(drawn)), height * -(-len(drawn) // 2)), "white")
+    for n, one in enumerate(drawn):
+        picture.paste(one, (n % 2 * width, n // 2 * height))
     return picture
 
 
 def gallery(rows, heads=()):
-    """Pictures in rows, {name: images (3, H, H)}, with the row's name at the left.
+    """Pictures in rows, the first SHOWN of {name: images (n, 3, H, H)}, with the name at the left.
 
     heads: one text above each column, such as a caption.
     """
     side, margin, font = 128, 150, ImageFont.load_default(13)
-    heads = [textwrap.wrap(head, 18) for head in heads]
-    top, columns = 6 + 16 * max(map(len, heads), default=0), max(len(images) for images in rows.values())
+    heads = [textwrap.wrap(head, 18) for head in heads[:SHOWN]]
+    top, columns = 6 + 16 * max(map(len, heads), default=0), min(SHOWN, max(len(images) for images in rows.values()))
     picture = Image.new("RGB", (margin + columns * (side + 4), top + len(rows) * (side + 4)), "white")
     pen = ImageDraw.Draw(picture)
     for column, lines in enumerate(heads[:columns]):
@@ -384,7 +394,7 @@ def gallery(rows, heads=()):
     for row, (name, images) in enumerate(rows.items()):
         y = top + row * (side + 4)
         pen.multiline_text((6, y + side / 2), "\n".join(textwrap.wrap(name, 19)), "black", font, anchor="lm")
-        for column, image in enumerate(images):
+        for column, image in enumerate(images[:columns]):
             picture.paste(sample.to_picture(image).resize((side, side), Image.Resampling.NEAREST), (margin + column * (side + 4), y))
     return picture
 

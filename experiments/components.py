@@ -3,7 +3,7 @@
 In:   a folder of checkpoints (clip.pt, decoder.pt)
 Out:  on stdout, a table: for each number of components, how often decodings of one-thing pictures
       show the thing's colour, shape, size, fill, background, and its place to within a tenth of the
-      side. Then how early each comes, and the conclusions. --picture: eight pictures with more and
+      side. Then how early each comes, and the conclusions. --picture: five pictures with more and
       more components from top to bottom, and the curves below
 
 The components are those of z_i of 2,048 scenes; each picture has fresh noise. How early: the gain
@@ -108,7 +108,7 @@ def main():
         show(early)
         curves = chart({f"{', '.join(some)}, against components": {name: points(rows, name) for name in some}
                         for some in (ATTRIBUTES[:3], ATTRIBUTES[3:])})
-        finish(args, conclusions(early), under(gallery({name: images[:8] for name, images in first.items()}), curves), rows=rows, early=early)
+        finish(args, conclusions(early), under(gallery(first), curves), rows=rows, early=early)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def measure(stack, args):
             captions = [phrase(*pair) for pair in (pairs * args.n)[:args.n]]
             scenes = true_scenes(captions, 1000 + seed)
             add(f"CLIP, {kind}", named(stack, scenes, captions))
-            first = {f"true, {kind}": to_images(scenes[:12])}
+            first = {f"true, {kind}": to_images(scenes)}
             decodings = {"decoder": (embed(stack, scenes), [""] * args.n)} | {
                 f"{name} chain": (draw(stack, captions, seed, prior), captions) for name, prior in
                 (("diffusion", "diffusion"), ("AR", "ar"))}
@@ -69,7 +69,7 @@ def measure(stack, args):
                 add(f"{link}, {kind}", observe(images, captions))
                 first[f"{link}, {kind}"] = images
             if kind not in sheets:
-                sheets[kind] = gallery({name: images[:12] for name, images in first.items()}, captions)
+                sheets[kind] = gallery(first, captions)
     columns = {"both": right("bound"), "colour": right("colour"), "shape": right("shape")}
     rows = {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}
     return dict(sorted(rows.items(), key=lambda row: list(rows).index(row[0].replace("never trained", "trained")))), sheets

@@ -46,7 +46,6 @@ def measure(stack, args, others):
             seen.setdefault(name, []).append(observe(images, some))
             first.setdefault(name, images)
     columns = {name: right(name) for name in ("all", "bound", "count", "shape", "colour", "relation")} | fidelity(captions)
-    first = {name: images[:8] for name, images in first.items()}
     return {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}, gallery(first, captions[0])
 
 

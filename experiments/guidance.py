@@ -8,7 +8,7 @@ In:   a folder of checkpoints, and a model of the caption alone. --glide: a deco
 Out:  on stdout, a table for each model and guidance scale: how often a picture shows its whole
       caption; Fréchet distances to true renderings, of the attributes that the reader finds and of
       random features; how much two pictures of a caption differ in the things that it leaves open,
-      as a share of the world's diversity. Then the conclusions. --picture: eight pictures of one
+      as a share of the world's diversity. Then the conclusions. --picture: five pictures of one
       caption as guidance grows (fig. 9), and the curves below (figs. 10, 11)
 
 The model of the caption alone reads CLIP's states of the caption and its z_t. So it is like GLIDE
@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import (OPEN, chart, conclude, decode, draw, finish, gallery, load_network, observe, options, parse, points, quality, seeds,
+from common import (OPEN, SHOWN, chart, conclude, decode, draw, finish, gallery, load_network, observe, options, parse, points, quality, seeds,
                     show, to_images, true_scenes, under)
 from sweep import captions_of
 
@@ -56,11 +56,11 @@ def measure(models, args):
 
 
 def pictures(models, args):
-    """Eight pictures of the caption OPEN for each model and scale, {row: images}."""
+    """Pictures of the caption OPEN for each model and scale, {row: images}."""
     rows = {}
     for model, (stack, kind) in models.items():
-        z_i = draw(stack, [OPEN] * 8, 0, kind)
-        rows |= {f"{model}, guidance {scale:g}": decode(stack, z_i, [OPEN] * 8, 0, scale, args.steps) for scale in args.guidance}
+        z_i = draw(stack, [OPEN] * SHOWN, 0, kind)
+        rows |= {f"{model}, guidance {scale:g}": decode(stack, z_i, [OPEN] * SHOWN, 0, scale, args.steps) for scale in args.guidance}
     return rows
 
 

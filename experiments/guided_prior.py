@@ -3,7 +3,7 @@
 In:   a folder of checkpoints
 Out:  on stdout, a table for guidance of neither, of one and of both: how often a picture shows its
       whole caption, Fréchet distances to true renderings, and diversity as in
-      experiments/guidance.py. Then the conclusions. --picture: eight pictures of one caption, one
+      experiments/guidance.py. Then the conclusions. --picture: five pictures of one caption, one
       setting per row
 
     python experiments/guided_prior.py --picture docs/guided-prior.png
@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import OPEN, conclude, decode, draw, finish, gallery, observe, options, parse, quality, seeds, show
+from common import OPEN, SHOWN, conclude, decode, draw, finish, gallery, observe, options, parse, quality, seeds, show
 from sweep import captions_of
 
 SETTINGS = {"neither": (0, 0), "prior": (1, 0), "decoder": (0, 1), "both": (1, 1)}  # guided or not: prior, decoder
@@ -41,10 +41,10 @@ def measure(stack, args):
 
 
 def pictures(stack, args):
-    """Eight pictures of the caption OPEN for each setting, {row: images}."""
-    scale, eight = {0: 1, 1: args.guidance}, [OPEN] * 8
-    z_i = {guided: draw(stack, eight, 0, "diffusion", scale[guided]) for guided in scale}
-    return {f"guided: {name}": decode(stack, z_i[in_prior], eight, 0, scale[in_decoder], args.steps)
+    """Pictures of the caption OPEN for each setting, {row: images}."""
+    scale, captions = {0: 1, 1: args.guidance}, [OPEN] * SHOWN
+    z_i = {guided: draw(stack, captions, 0, "diffusion", scale[guided]) for guided in scale}
+    return {f"guided: {name}": decode(stack, z_i[in_prior], captions, 0, scale[in_decoder], args.steps)
             for name, (in_prior, in_decoder) in SETTINGS.items()}
 
 

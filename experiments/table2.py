@@ -100,7 +100,6 @@ def measure(stack, args, steps):
             first.setdefault(name, images)
     columns = {"all right": right("all"), **fidelity(captions)}
     distance = lambda z_i, true: 1000 * frechet(torch.stack(z_i), torch.stack(true))
-    first = {name: images[:8] for name, images in first.items()}
     return {name: {"seconds for 1,000": seconds[name], "distance of z_i, ×1000": jackknife(distance, z[name], true)}
             | {c: column(seen[name]) for c, column in columns.items()} for name in kinds}, gallery(first, captions[0])
 

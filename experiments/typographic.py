@@ -107,8 +107,8 @@ def measure(stack, args):
                       shape not in (thing.shape, thing.word)} for shape, thing in zip(shapes, things)])
             if what == "with a word":
                 read.append([{"word": each} for each in reads(stack, z_i, scenes)])
-            first.setdefault(what, images[:8])
-            first.setdefault(f"{what}, decoded", made[:8])
+            first.setdefault(what, images)
+            first.setdefault(f"{what}, decoded", made)
             heads = heads or [f"{thing.shape}, {thing.word}" for thing in things]
     share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
     rows = {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in seen.items()}
