@@ -71,6 +71,7 @@ def student_readme(text, exercises, names):
             "all of them done. `tests/` and `experiments/` belong to the whole repository and are not in this copy.")
     text = re.sub(r"\n## Exercises\n.*?(?=\n## |\Z)", "", text, flags=re.S)
     text = re.sub(r"[^\n]+:\n\n```sh\n[^`]*pytest[^`]*```\n\n", "", text)
+    text = re.sub(r"(?m)^- [^\n]*emoji[^\n]*\n(?:  [^\n]*\n)*", "", text)  # their weights are not copied
     title, rest = text.split("\n\n", 1)
     return unlink("\n\n".join([title, note, rest]), "", names)
 
@@ -97,7 +98,8 @@ def hand_out(folder, numbers=()):
              if path.is_file() and "__pycache__" not in path.parts}
     pages = {f"exercises/pages/{exercise.page}": exercise for exercise in exercises}
     shown = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
-    files = {name: path for name, path in files.items() if not name.startswith("exercises/") or path.name in shown}
+    files = {name: path for name, path in files.items()
+             if not name.startswith("docs/emoji") and (not name.startswith("exercises/") or path.name in shown)}
     names = [*files, *pages, "exercises/README.md"]
     index = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
     index = re.sub(r"(?m)(^\| \d+ \|.*\n)+", lambda _: rows(exercises), index)
