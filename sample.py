@@ -278,7 +278,7 @@ def parse_arguments():
     add("--prior-steps", type=int, help="of the diffusion prior (default 64, as in the paper)")
     add("--variance", default="analytic", choices=["analytic", "fixed-small"],
         help="of the diffusion prior's steps (default analytic, as in the paper)")
-    add("--decoder-guidance", type=float, help="default 2 (the paper for table 2: 1.25)")
+    add("--decoder-guidance", type=float, help="default 1.25 (the paper's for table 2)")
     add("--decoder-steps", type=int, help="default 10, for a laptop (the paper: 250)")
     add("--candidates", type=int, help="draw up to so many pictures for one, until the prior finds "
         "one that fits the caption; else keep the best (default 8; the paper: 1)")
