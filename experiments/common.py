@@ -94,10 +94,11 @@ def noises(stage, seed, n):
     return sample.generators(stage, seed << 24, range(n))
 
 
-def draw(stack, captions, seed, kind, guidance=None, steps=None):
+def draw(stack, captions, seed, kind, guidance=None, steps=None, candidates=2):
     """z_i (n, d) for n captions.
 
     kind: a prior's z_i ("diffusion", "ar"), z_t in its place ("text"), or zeros ("none").
+    candidates: the diffusion prior's draws, of which the nearest to z_t is kept.
     """
     text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)
     if kind in ("text", "none"):
@@ -107,7 +108,7 @@ def draw(stack, captions, seed, kind, guidance=None, steps=None):
     def run(some):
         some_text, some_noise = rows(text, some), noise[some]
         if kind == "diffusion":
-            return prior.sample(stack["prior"], some_text, null, some_noise, guidance, steps)
+            return prior.sample(stack["prior"], some_text, null, some_noise, guidance, steps, candidates)
         return prior.ar_sample(stack["ar-prior"], some_text, null, some_noise, 1.0 if guidance is None else guidance)
 
     return in_batches(stack[sample.PRIORS[kind]], len(captions), BATCH[64], run)

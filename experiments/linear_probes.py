@@ -34,16 +34,23 @@ from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, 
 RIDGE = 1e-6  # of the mean square of a coordinate
 
 
+def fit_probe(z, labels):
+    """A linear probe of z (n, d), fitted to labels (n,), integers: a function from z to labels."""
+    mean, scale = z.mean(0), z.shape[1] ** 0.5
+    extend = lambda z: F.pad((z - mean).double() * scale, (0, 1), value=1)
+    rows = extend(z)
+    gram = rows.T @ rows / len(rows)
+    weights = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram), dtype=rows.dtype), rows.T @ F.one_hot(labels).double())
+    return lambda z: (extend(z) @ weights).argmax(1)
+
+
 def named(z, labels):
     """How often a linear probe of z (n, d) names the labels (n,), integers.
 
     It is fitted to four fifths of the rows and tested on the rest.
     """
     train = len(z) * 4 // 5
-    z = F.pad((z - z[:train].mean(0)).double() * z.shape[1] ** 0.5, (0, 1), value=1)
-    gram = z[:train].T @ z[:train] / train
-    weights = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram), dtype=z.dtype), z[:train].T @ F.one_hot(labels[:train]).double())
-    return float(((z[train:] @ weights).argmax(1) == labels[train:]).double().mean())
+    return float((fit_probe(z[:train], labels[:train])(z[train:]) == labels[train:]).double().mean())
 
 
 def directions(z):

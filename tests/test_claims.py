@@ -16,6 +16,7 @@ from PIL import Image
 from test_chain import run, tiny, weights  # noqa: F401, fixtures: tiny presets and recipes; a folder of tiny random checkpoints
 
 import binding
+import candidates
 import common
 import components
 import composition
@@ -216,6 +217,18 @@ def test_who_reads_is_told_from_who_names_the_thing_or_another_word(monkeypatch)
     assert all(typographic.reads(None, says(lambda thing: thing.word), scenes)) and not any(typographic.reads(None, says(other), scenes))
 
 
+def test_skew_is_chance_for_the_worlds_own_draws_and_what_is_missing_for_others():
+    rng = np.random.default_rng(0)
+    scenes = [shapes.random_scene(rng, 1) for _ in range(6000)]
+    world = [(s.things[0].shape, {name: value_of(s) for name, (_, value_of) in candidates.READ.items()}) for s in scenes]
+    assert candidates.skew(world) < 0.025
+    solid = [(shape, found | {"fill": "solid"}) for shape, found in world]  # half of the fills would have to change
+    assert candidates.skew(solid) == pytest.approx(0.5 / 4, abs=0.025)
+    one = [(shape, {"colour": "red", "size": "large", "fill": "solid", "background": "pink"}) for shape in shapes.SHAPES]
+    colours = [1 - 1 / (7 - any(s == shape for _, s in shapes.HELD_OUT)) for shape in shapes.SHAPES]
+    assert candidates.skew(one) == pytest.approx((np.mean(colours) + 1 / 2 + 1 / 2 + 3 / 4) / 4)
+
+
 def test_equal_training_compute_is_said_where_it_is_and_else_what_would_make_it_so():
     assert "1.03 times as much, so what follows is at nearly equal" in table2.balance({"prior": (100, 3e9), "ar-prior": (310, 1e9)})
     assert "prior trained for 100 steps; what follows is not" in table2.balance({"prior": (300, 3e9), "ar-prior": (300, 1e9)})
@@ -228,7 +241,8 @@ def few(monkeypatch):
     """Few renderings for what needs many."""
     for function in (common.fidelity, common.diversity):
         monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], 20))
-    monkeypatch.setattr(components, "FITTED", 64)
+    for script in (components, candidates):
+        monkeypatch.setattr(script, "FITTED", 64)
     monkeypatch.setattr(binding, "REFERENCES", 2)
 
 
@@ -236,7 +250,7 @@ LONG = [pytest.param(*case, marks=pytest.mark.slow)
         for case in ((figure8, "caption"), (guided_prior, None), (typographic, None), (components, None), (composition, None))]
 
 
-@pytest.mark.parametrize("script, given", [(guidance, "caption"), (figure8, "z_t"), (table2, None), (binding, None), *LONG])
+@pytest.mark.parametrize("script, given", [(guidance, "caption"), (candidates, None), (figure8, "z_t"), (table2, None), (binding, None), *LONG])
 def test_every_script_writes_its_table_numbers_and_picture(script, given, weights, few, tmp_path, monkeypatch, capsys):  # noqa: F811
     torch.save(torch.load(weights / "decoder.pt", weights_only=True) | {"given": given}, tmp_path / "given.pt")
     if script is table2:  # which counts the operations of a training step
