@@ -260,7 +260,7 @@ def draw_thing(pixels, thing, fine):
     """Draw a thing and its stripes into pixels (side, side, 3), with fine² points each."""
     n, a = len(pixels) * fine, np.deg2rad(thing.tilt)
     turn = [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]
-    middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01
+    middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01  # with a rim to spare
     first = np.floor((middle - reach) * len(pixels)).astype(int).clip(0)  # a box of whole pixels
     last = np.ceil((middle + reach) * len(pixels)).astype(int).clip(max=len(pixels))
     size = tuple(((last - first) * fine).tolist())

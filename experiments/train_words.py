@@ -5,7 +5,7 @@ This is train.py with words in a share of its scenes.
 In:   train.py's own arguments, and --words SHARE
 Out:  as of train.py
 
-    python experiments/train_words.py clip --words 0.1 --out runs/words --init weights/shapes/clip.pt --steps 4000
+    python experiments/train_words.py clip --words 0.25 --out runs/words --init weights/shapes/clip.pt --steps 3000
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Does a word written across a thing change CLIP's label, and decodings of its z_i? (§4, fig. 6)
 
 In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter. Two
-      short trainings make a CLIP that has, in a tenth of its scenes, and a decoder for it:
-        python experiments/train_words.py clip --words 0.1 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 4000 --out runs/words
-        python experiments/train_words.py decoder --words 0.1 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
+      short trainings make a CLIP that has, in a quarter of its scenes, and a decoder for it:
+        python experiments/train_words.py clip --words 0.25 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 3000 --out runs/words
+        python experiments/train_words.py decoder --words 0.25 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
 Out:  on stdout, a table for true pictures of a large thing, without and with the name of another
       shape across it. CLIP's label is the nearest caption of "a circle" … "a cross". The table
       shows how often it names the thing, how often the word, and how often one of the four other
