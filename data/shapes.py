@@ -251,13 +251,11 @@ def render(scene, side):
     pixels = np.repeat(column.astype(np.float32)[:, None], side, 1)
     for thing in scene.things:
         draw_thing(pixels, thing, fine)
-        if thing.word:
-            write_word(pixels, thing, fine)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def draw_thing(pixels, thing, fine):
-    """Draw a thing and its stripes into pixels (side, side, 3), with fine² points each."""
+    """Draw a thing, its stripes and its word into pixels (side, side, 3), with fine² points each."""
     n, a = len(pixels) * fine, np.deg2rad(thing.tilt)
     turn = [[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]
     middle, reach = np.array((thing.x, thing.y)), thing.radius + 0.01  # with a rim to spare
@@ -284,20 +282,24 @@ def draw_thing(pixels, thing, fine):
         bars = cover(*(np.array([(-1, top), (1, top), (1, top + 0.35), (-1, top + 0.35)])
                        for top in np.arange(-0.9, 1, 0.7)))
         bars = ImageChops.darker(bars, inside)
+    if thing.word:  # black, on the thing and beside it
+        word = word_mask(thing, n)
+        here = word.crop(tuple((np.concatenate([first, last]) * fine).tolist()))
+        inside, bars = (mask and ImageChops.subtract(mask, here) for mask in (inside, bars))
+        pixels += share(word) * (25 - pixels)
     box += share(inside) * (colour - background)
     if bars:
         box += share(bars) * 0.35 * (255 - colour)
 
 
-def write_word(pixels, thing, fine):
-    """Write a thing's word in black across it, large enough to be read in 64×64 pixels."""
-    n = len(pixels) * fine
+def word_mask(thing, n):
+    """A thing's word across it, n × n points, large enough to be read in 64×64 pixels."""
     longest, bold = ImageFont.load_default(100).getlength("triangle"), n // 400
     font = ImageFont.load_default(0.6 * n * 100 / longest)
     half = font.getlength(thing.word) / 2 + 2 * bold
-    place, word = (min(max(thing.x * n, half), n - half), thing.y * n), Image.new("L", (n, n))
-    ImageDraw.Draw(word).text(place, thing.word, 255, font, "mm", stroke_width=bold)
-    pixels += np.asarray(word.reduce(fine), np.float32)[..., None] / 255 * (25 - pixels)
+    place, mask = (min(max(thing.x * n, half), n - half), thing.y * n), Image.new("L", (n, n))
+    ImageDraw.Draw(mask).text(place, thing.word, 255, font, "mm", stroke_width=bold)
+    return mask
 
 
 def fixed_picture(seed, number, side):
