@@ -7,7 +7,8 @@ Out:  on stdout, a table for 1, 2 and 8 draws of the diffusion prior, of which t
       "skew", is about z_i of captions such as "a heart": how far the shares of colours, sizes,
       fills and backgrounds are from the world's. It is the total variation distance, the share of
       the draws that would have to change; the row of the true z_i shows how much of it is chance.
-      A linear probe reads them from z_i. Then the conclusions. --picture: pictures of one caption, one number of draws per row
+      A linear probe reads them from z_i. Then the conclusions. --picture: pictures of one caption,
+      one number of draws per row
 
     python experiments/candidates.py --picture docs/candidates.png
 """
@@ -21,26 +22,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from common import OPEN, SHOWN, conclude, decode, draw, finish, gallery, jackknife, observe, options, parse, quality, seeds, show, true_scenes
+from common import (OPEN, SHOWN, conclude, decode, draw, finish, gallery, jackknife, observe, options, parse, quality, seeds, show,
+                    true_scenes)
 from linear_probes import fit_probe, places
 from priors import embed
 from sweep import captions_of
-from data.shapes import BACKGROUNDS, COLOURS, FILLS, HELD_OUT, RADII, SHAPES, random_scene
+from data.shapes import BACKGROUNDS, HELD_OUT, SHAPES, VALUES, random_scene
 
 FITTED = 4000  # scenes of one thing, for the probes
-READ = {"colour": (COLOURS, lambda scene: scene.things[0].colour), "size": (RADII, lambda scene: scene.things[0].size),
-        "fill": (FILLS, lambda scene: scene.things[0].fill), "background": (BACKGROUNDS, lambda scene: scene.background)}
+READ = {name: list(values) for name, values in (VALUES | {"background": BACKGROUNDS}).items() if name != "shape"}
+
+
+def shown(scene):
+    """{attribute: its value} of a scene of one thing."""
+    return {name: scene.background if name == "background" else getattr(scene.things[0], name) for name in READ}
 
 
 def fit_probes(stack):
-    """{attribute: a function from z_i (n, d) of one thing to n values}."""
+    """{attribute: a function from z_i (n, d) of one thing to the places of n values in READ}."""
     rng = np.random.default_rng([0, 1 << 52])
     scenes = [random_scene(rng, 1) for _ in range(FITTED)]
-    z_i, probes = embed(stack, scenes), {}
-    for name, (values, value_of) in READ.items():
-        probe = fit_probe(z_i, places(values, map(value_of, scenes)))
-        probes[name] = lambda z, probe=probe, values=list(values): [values[k] for k in probe(z)]
-    return probes
+    z_i, truth = embed(stack, scenes), list(map(shown, scenes))
+    return {name: fit_probe(z_i, places(values, [found[name] for found in truth])) for name, values in READ.items()}
 
 
 def skew(draws):
@@ -51,7 +54,7 @@ def skew(draws):
     distances = []
     for shape in SHAPES:
         some = [found for own, found in draws if own == shape]
-        for name, (values, _) in READ.items():
+        for name, values in READ.items():
             possible = [v for v in values if (v, shape) not in HELD_OUT]
             shares = [np.mean([found[name] == v for found in some]) for v in values]
             distances.append(sum(abs(share - (v in possible) / len(possible)) for v, share in zip(values, shares)) / 2)
@@ -65,8 +68,8 @@ def measure(stack, args):
     simple = [f"a {shape}" for shape in shapes]
 
     def read(z_i):
-        found = {name: probe(z_i) for name, probe in probes.items()}
-        return [(shape, {name: values[k] for name, values in found.items()}) for k, shape in enumerate(shapes)]
+        found = {name: [READ[name][k] for k in probe(z_i)] for name, probe in probes.items()}
+        return [(shape, dict(zip(READ, values))) for shape, *values in zip(shapes, *found.values())]
 
     for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
