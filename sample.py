@@ -63,7 +63,7 @@ def in_batches(network, count, most, run):
     """run(slice) of `count` pictures, `most` at a time, joined on the CPU, in autocast if half."""
     p, parts = next(network.parameters()), []
     for first in range(0, count, most):
-        with torch.autocast(p.device.type, torch.float16, enabled=p.dtype == torch.float16):
+        with torch.autocast(p.device.type, p.dtype, enabled=p.dtype != torch.float32):
             parts.append(run(slice(first, first + most)).float().cpu())
     return torch.cat(parts)
 
@@ -263,9 +263,8 @@ def parse_arguments():
         "know a world of one or two shapes: circle, square, triangle, star, heart, cross; red, "
         "orange, yellow, green, blue, purple, black; small or large; solid or striped; left of, "
         "right of, above, below; on a white, gray, pink or mint background.",
-        epilog="An empty caption makes an unconditional picture. Guidance 1 is no guidance, 0 "
-        "ignores the condition. Defaults of guidance and steps are the shipped weights'; others "
-        "bring their own.")
+        epilog="An empty caption makes an unconditional picture. Guidance 1 is none, 0 ignores "
+        "the condition. Guidance and steps: the shipped weights' defaults; others have their own.")
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help="what to draw")
     add("--file", help="a text file of captions, one a line")
@@ -291,6 +290,8 @@ def parse_arguments():
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
     add("--out", type=Path, default=Path("samples"), help="folder (default samples/)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of decoder "
+        "and upsamplers (auto: bfloat16 where the device computes in it)")
     args = parser.parse_args()
     check_ranges(args, n=(1, 10_000), seed=(0, 1 << 48), prior_steps=(1, 1000),
                  decoder_steps=(1, 990), prior_guidance=(0, 100), decoder_guidance=(0, 100),
@@ -300,9 +301,8 @@ def parse_arguments():
 
 def describe_options(options):
     """The options of a run as text, for the pictures' text chunks."""
-    unset = {name: "ancestral" if name == "eta" else "default" for name, value in options.items()
-             if value in (None, (None, None))}
-    return ", ".join(f"{k.replace('_', '-')} {v}" for k, v in (options | unset).items())
+    said = lambda value: "default" if value in (None, (None, None)) else value
+    return ", ".join(f"{k.replace('_', '-')} {said(v)}" for k, v in options.items())
 
 
 def main():
@@ -313,12 +313,13 @@ def main():
         size = args.size or max(s for s in SIZES if s == 64
                                 or (args.weights / f"upsample-{s}.pt").exists())
         stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind,
-                           args.clip, args.bpe, lean=True, judge=args.candidates != 1)
+                           args.clip, args.bpe, True, args.candidates != 1, args.precision)
         captions = [caption for caption in captions for _ in range(args.n)]
         names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")
         options = {name: getattr(args, name) for name in names}
-        settings, seconds, sheet = describe_options(options), {}, []
+        settings = describe_options(options | {"precision": args.precision})
+        seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # each batch is saved before the next
             some = captions[first:first + BATCH[64]]
             images = generate(stack, some, args.seed + first, size, seconds=seconds, bar=True,

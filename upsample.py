@@ -361,8 +361,7 @@ def sample(model, low, generators, steps=None, bar=False):
     alphas_cumprod = exact.float() if c.float32 else exact
     rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal), c.ladder_power)
     x = randn(generators, (len(low), 3, size, size), low.device)
-    pairs = [*zip(rungs, [None, *rungs])]  # each timestep t and the next one below it, s
-    for t, s in tqdm(pairs[::-1], f"upsample-{size}", disable=not bar):
+    for t, s in tqdm([*zip(rungs, [None, *rungs])][::-1], f"upsample-{size}", disable=not bar):
         alpha_t = float(alphas_cumprod[t])
         alpha_s = 1.0 if s is None else float(alphas_cumprod[s])
         network = model.last if c.last and s is None else model

@@ -333,7 +333,7 @@ def generated(args):
 
     Picture k is drawn with seed + k. Raises UserError.
     """
-    stack = sample.load_stack(args.weights, pick_device(args.device), args.size)
+    stack = sample.load_stack(args.weights, pick_device(args.device), args.size, precision=args.precision)
     options = {k: v for k, v in vars(args).items() if k.startswith(("prior_", "decoder_", "candidates"))}
     captions = []
     for k in range(args.n):
@@ -381,6 +381,7 @@ def main():
     add("--sheet", type=Path, metavar="PNG", help="draw the pictures that fail, with what they got wrong")
     add("--json", type=Path, help="write settings, rates and every caption's score")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help="as in sample.py (default float32)")
     args = parser.parse_args()
     with one_line_errors():
         for name, low, high in (("self_test", 0, 1e6), ("n", 0, 1e6), ("seed", 0, 1 << 48), ("prior_guidance", 0, 100),

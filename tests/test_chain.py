@@ -201,6 +201,26 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(kind, weights):
         assert (alone[0] - together[k]).abs().max() * 127.5 <= 2
 
 
+def test_bfloat16_draws_nearly_the_same_picture_by_the_same_priors(weights):
+    exact, half = (sample.load_stack(weights, size=256, precision=precision) for precision in ("float32", "bfloat16"))
+    kinds = {stage: next(network.parameters()).dtype for stage, network in half.items() if stage != "tokenizer"}
+    assert kinds == {"clip": torch.float32, "prior": torch.float32, "decoder": torch.bfloat16, "upsample-256": torch.bfloat16}
+    a, b = (sample.generate(stack, ["a star", "a red circle"], size=256, **OPTIONS) for stack in (exact, half))
+    assert 0 < (a - b).abs().mean() < 0.02 * a.std() and b.dtype == torch.float32
+
+
+@pytest.mark.parametrize("asked, device, abilities, large, want", [
+    ("auto", "cpu", {}, False, torch.float32), ("auto", "cpu", {"avx512_bf16": True}, False, torch.bfloat16),
+    ("auto", "cpu", {"amx_bf16": True}, True, torch.bfloat16), ("auto", "mps", {"amx_bf16": True}, False, torch.float32),
+    ("float32", "cpu", {"avx512_bf16": True}, True, torch.float32), ("bfloat16", "cpu", {}, False, torch.bfloat16),
+    ("auto", "cuda", {"older": False}, False, torch.bfloat16), ("auto", "cuda", {"older": True}, False, torch.float16),
+    ("auto", "cuda", {"older": False}, True, torch.float16), ("float32", "cuda", {"older": False}, True, torch.float32)])
+def test_auto_computes_in_half_the_digits_where_the_device_does(asked, device, abilities, large, want, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not abilities["older"])
+    assert stack_module.pick_dtype(asked, device, large) == want
+
+
 def test_every_picture_stage_and_candidate_has_noise_of_its_own():
     cases = [(stage, seed, k, c) for stage in sample.STAGE_NUMBER for seed in (0, 10, 1 << 32, 1 << 40) for k in range(3) for c in (0, 1, 999)]
     assert len({float(torch.randn((), generator=sample.generators(s, seed, [k], c)[0], dtype=torch.float64)) for s, seed, k, c in cases}) == len(cases)
@@ -285,14 +305,14 @@ def run(script, monkeypatch, *arguments):
 
 
 def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weights, tmp_path, monkeypatch, capsys):
-    words = ["--weights", weights, "--out", tmp_path, "--size", 64, "--prior-steps", 2, "--decoder-steps", 2, "--n", 2, "--seed", 7, "--device", "cpu"]
+    words = ["--weights", weights, "--out", tmp_path, "--size", 64, "--prior-steps", 2, "--decoder-steps", 2, "--n", 2, "--seed", 7, "--device", "cpu", "--precision", "float32"]
     (tmp_path / "c.txt").write_text("a red star\n\nünïcode ☃\n", encoding="utf-8")
     run(sample, monkeypatch, "a RED/circle\0", "", *words, "--file", tmp_path / "c.txt", "--grid")
     out, err = capsys.readouterr()
     paths = [Path(line) for line in out.splitlines()]
     assert len(paths) == 9 and all(p.parent == tmp_path and p.exists() for p in paths)
     assert Image.open(paths[0]).text["seed"] == "7" and Image.open(paths[7]).text["caption"] == "ünïcode ☃"
-    assert "decoder-steps 2" in Image.open(paths[0]).text["settings"] and "unconditional" in paths[2].name
+    assert "decoder-steps 2, eta default, candidates default, upsample-steps default, precision float32" in Image.open(paths[0]).text["settings"] and "unconditional" in paths[2].name
     assert Image.open(paths[8]).size == (128, 256) and "seconds: prior" in err
     old = paths[0].read_bytes()
     run(sample, monkeypatch, "a RED/circle", *words)

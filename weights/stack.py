@@ -26,15 +26,29 @@ class Stages(dict):
         return value() if isinstance(value, partial) else value
 
 
+def pick_dtype(precision, device, large=False):
+    """The torch.dtype that decoder and upsamplers compute in: `precision`, the name of one, or
+    "auto": bfloat16 on GPUs and CPUs that compute in it; float16 on older GPUs, and on all for
+    `large` networks; else float32."""
+    kind, known = torch.device(device).type, torch.cpu.get_capabilities()
+    if precision != "auto":
+        return getattr(torch, precision)
+    if kind == "cuda":
+        older = not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if large or older else torch.bfloat16
+    fast = kind == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
 def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
-               bpe=None, lean=False, judge=False):
+               bpe=None, lean=False, judge=False, precision="float32"):
     """{"clip", "tokenizer", "prior", …}: the networks for pictures of `size`, from a folder.
 
     prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
     clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
-    use, on GPUs in half precision. judge: load the diffusion prior too, if there is one: it judges
-    candidates and restores text diffs. Raises UserError for a checkpoint that is missing, damaged,
-    or of another CLIP.
+    use. judge: load the diffusion prior too, if there is one: it judges candidates and restores
+    text diffs. precision: of decoder and upsamplers, and of LARGE priors (pick_dtype). Raises
+    UserError for a checkpoint that is missing, damaged, or of another CLIP.
     """
     weights = Path(weights)
     clip_path = clip_path or weights / "clip.pt"
@@ -50,14 +64,15 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     paths = {stage: weights / f"{stage}.pt" for stage in kinds}
     bytes_of = [path.stat().st_size if path.exists() else -math.inf for path in paths.values()]
     large = lean and sum(bytes_of) > LARGE
+    dtype = pick_dtype(precision, device, large)
 
     def load(stage):
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
         network = load_model(*kinds[stage], checkpoint, paths[stage])
-        half = large and torch.device(device).type == "cuda"
+        exact = stage in ("prior", "ar-prior") and not large  # small ones are quick anyway
         # channels_last convolves faster, but its copies take memory
         layout = torch.preserve_format if large else torch.channels_last
-        return network.to(device, torch.float16 if half else torch.float32, memory_format=layout)
+        return network.to(device, torch.float32 if exact else dtype, memory_format=layout)
 
     stack = {"clip": clip.to(device), "tokenizer": tokenizer}
     networks = {stage: partial(load, stage) if large else load(stage) for stage in kinds}
