@@ -35,6 +35,8 @@ HELD_OUT = {("purple", "star"), ("green", "heart"), ("orange", "cross"), ("black
 VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill": FILLS}
 FIXED_SCENES = 1 << 18  # scenes that the priors train on: their z_i are computed once
 FULL = 0.5  # share of the captions of priors and decoder that name everything
+ALIKE = 0.5  # clip: share of the scenes of two things in which only shape or colour differs
+FORWARD = 0.8  # clip: share of the captions with a relation that name the left or upper thing first
 
 
 # ------------------------------ scenes
@@ -118,6 +120,17 @@ def training_scene(rng):
     return random_scene(rng, 2 if rng.random() < 0.6 else None)
 
 
+def almost_alike(scene, rng):
+    """A scene of two things whose second is like the first, except for its shape or its colour."""
+    first = scene.things[0]
+    while True:
+        attribute = pick(rng, ("shape", "colour"))
+        second = replace(first, **{attribute: pick(rng, VALUES[attribute])})
+        other = replace(scene, things=(first, second))
+        if second != first and not is_held_out(other):
+            return lay_out(other, rng)
+
+
 def fixed_scene(seed, n):
     """Scene n of the priors' fixed set."""
     return training_scene(np.random.default_rng([seed, 1 << 40, n]))
@@ -143,8 +156,11 @@ def phrase(*words):
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def describe(scene, named, rng):
-    """A caption that names the attributes `named` of a scene, in one of several wordings."""
+def describe(scene, named, rng, forward=0.5):
+    """A caption that names the attributes `named` of a scene, in one of several wordings.
+
+    forward: how often one with a relation begins with the left or upper thing.
+    """
     def name(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in named]
@@ -154,7 +170,9 @@ def describe(scene, named, rng):
     text = name(0)
     if scene.relation:
         first, second, relation = 0, 1, scene.relation
-        if rng.random() < 0.5:
+        ordered = relation in ("left of", "above")
+        chance = 0.5 if "relation" not in named else 1 - forward if ordered else forward
+        if rng.random() < chance:
             first, second, relation = 1, 0, RELATIONS[relation]
         link = pick(rng, WORDINGS[relation]) if "relation" in named else "and"
         text = f"{name(first)} {link} {name(second)}"
@@ -376,7 +394,7 @@ class ShapeBatches(Dataset):
             new = []
             while not new or clip and len({*new} - {*captions}) < 4:
                 group, named = self.draw_group(rng)
-                new = [describe(scene, named, rng) for scene in group]
+                new = [describe(scene, named, rng, FORWARD if clip else 0.5) for scene in group]
             scenes += group
             captions += new
         own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
@@ -387,6 +405,8 @@ class ShapeBatches(Dataset):
         scene = training_scene(rng)
         if self.stage != "clip":
             return [scene], attributes_in_caption(scene, rng, FULL)
+        if scene.relation and rng.random() < ALIKE:
+            scene = almost_alike(scene, rng)
         named = attributes_in_caption(scene, rng)
         if scene.relation and rng.random() < 0.7:  # more to bind
             named |= {(0, "colour"), (1, "colour"), "relation"}

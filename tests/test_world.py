@@ -9,6 +9,7 @@ from PIL import Image
 
 import train
 import upsample
+from caption_accuracy import parse_caption
 from data import shapes
 
 
@@ -66,6 +67,38 @@ def test_near_misses_differ_in_what_the_caption_says_and_from_one_another():
         assert len(set(captions)) == 4
     assert swaps > 60 and relations > 60
     assert 0.4 < inverse / relations < 0.8  # a CLIP that never meets the others takes "left of" for "above"
+
+
+def test_almost_alike_things_differ_in_shape_or_colour_alone_and_keep_their_relation():
+    rng, differences = np.random.default_rng(0), []
+    for scene in scenes(600, count=2):
+        alike = shapes.almost_alike(scene, rng)
+        a, b = alike.things
+        differences.append({k for k in shapes.VALUES if getattr(a, k) != getattr(b, k)})
+        assert not shapes.is_held_out(alike) and (alike.relation, alike.background) == (scene.relation, scene.background)
+        along = a.x - b.x if scene.relation in ("left of", "right of") else a.y - b.y
+        assert abs(along) >= 0.3 and (along < 0) == (scene.relation in ("left of", "above"))
+    assert differences.count({"shape"}) + differences.count({"colour"}) == 600 and 250 < differences.count({"shape"}) < 350
+
+
+@pytest.mark.parametrize("forward", [0.0, 0.5, 0.8, 1.0])
+def test_captions_begin_with_the_left_or_upper_thing_as_often_as_asked_and_stay_true(forward):
+    """Read by the parser of the captions' score. Without a relation the order says nothing."""
+    rng, first, unordered = np.random.default_rng(0), [], []
+    for scene in scenes(1500, count=2):
+        a, b = scene.things
+        if a.shape == b.shape:
+            continue
+        caption = shapes.describe(scene, {"relation"}, rng, forward)
+        read, by_shape = parse_caption(caption), {t.shape: t for t in scene.things}
+        one, other = (by_shape[t.shape] for t in read.things)
+        along = one.x - other.x if read.relation in ("left of", "right of") else one.y - other.y
+        assert (along < 0) == (read.relation in ("left of", "above"))
+        first.append(along < 0)
+        earlier = lambda text: text.index(a.shape) < text.index(b.shape)
+        unordered.append(earlier(shapes.describe(scene, set(), rng, forward)) == (scene.relation in ("left of", "above")))
+    error = 4 * (0.25 / len(first)) ** 0.5
+    assert np.mean(first) == pytest.approx(forward, abs=error if 0 < forward < 1 else 0) and np.mean(unordered) == pytest.approx(0.5, abs=error)
 
 
 def test_captions_that_mean_the_same_have_one_meaning():
