@@ -8,14 +8,18 @@ Out:  on stdout, a Markdown table with these columns for each stage: its paramet
 
 A sampled image is timed over a few of its steps and scaled to all of them. Scenes are drawn
 beforehand. With --memory the table shows the memory of a training instead, counted tensor by
-tensor.
+tensor. With --against diffusers it shows the decoder beside diffusers' U-Net of the same sizes, the
+two timed in turn, that U-Net called as diffusers' own unCLIP pipeline calls it (`pip install
+diffusers`: no other file needs it).
 
     python experiments/speed.py
     python experiments/speed.py --memory --preset laptop --precision bfloat16
     python experiments/speed.py --preset laptop --precision bfloat16
+    python experiments/speed.py --against diffusers
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +35,7 @@ import decoder
 import prior
 import train
 import upsample
-from clip_embed import check_ranges, one_line_errors, pick_device
+from clip_embed import UserError, check_ranges, one_line_errors, pick_device
 from sample import generators
 
 
@@ -152,6 +156,76 @@ def measure(stage, args, device, peak):
             f"{train_flops / train_seconds / peak:.0%}", f"{forward_flops / forward_seconds / peak:.0%}"]
 
 
+def diffusers_decoder(c):
+    """diffusers' U-Net with a DecoderConfig's sizes and Karlo's kinds of blocks."""
+    from diffusers import UNet2DConditionModel
+    attends = [c.image_size // c.patch_size >> k in c.attention for k in range(len(c.multiples))]
+    area = c.patch_size ** 2
+    return UNet2DConditionModel(
+        c.image_size // c.patch_size, 3 * area, 6 * area,
+        down_block_types=[f"{'SimpleCrossAttn' if a else 'ResnetDownsample'}{'Down' if a else ''}Block2D" for a in attends],
+        up_block_types=[f"{'SimpleCrossAttnUp' if a else 'ResnetUpsample'}Block2D" for a in attends[::-1]],
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", block_out_channels=[c.channels * m for m in c.multiples],
+        layers_per_block=c.depth, attention_head_dim=c.head_channels, cross_attention_dim=c.text_width, dropout=c.dropout,
+        norm_num_groups=c.norm_groups, resnet_time_scale_shift="scale_shift", class_embed_type="identity")
+
+
+def against_diffusers(args, device, pictures=16, tokens=16):
+    """Rows of a table: seconds of our decoder and of diffusers' U-Net at the same work, in turn. Raises UserError."""
+    try:
+        from diffusers import UnCLIPScheduler
+    except ImportError:
+        raise UserError("--against diffusers: not installed (pip install diffusers)") from None
+    c, low = prepare("decoder", args, device).config, args.precision == "bfloat16"
+    ours, theirs = (network.to(device, memory_format=torch.channels_last) for network in (decoder.Decoder(c), diffusers_decoder(c)))
+    side, area, n = c.image_size // c.patch_size, c.patch_size ** 2, pictures
+    text = {"states": torch.randn(n, tokens, c.clip_text_width), "z_t": torch.randn(n, c.embed_dim), "mask": torch.ones(n, tokens, dtype=torch.bool),
+            "tokens": torch.zeros(n, tokens, dtype=torch.long)}
+    text = {k: v.to(device) for k, v in text.items()}
+    null, z_i, t = {k: v[:1] for k, v in text.items()}, text["z_t"], torch.full((n,), 500, device=device)
+    x, patched = torch.randn(n, 3, *2 * [c.image_size], device=device), torch.randn(n, 3 * area, side, side, device=device)
+    context, added = torch.randn(2 * n, tokens + c.z_i_tokens, c.text_width, device=device), torch.randn(2 * n, 4 * c.channels, device=device)
+    mask = torch.ones(2 * n, tokens + c.z_i_tokens, dtype=torch.bool, device=device)
+
+    def their_pass(x, t):
+        return theirs(x, t, context[:len(x)], class_labels=added[:len(x)], attention_mask=mask[:len(x)]).sample
+
+    def their_sampling():  # as in UnCLIPPipeline
+        scheduler, latents = UnCLIPScheduler(variance_type="learned_range", clip_sample_range=1.0), patched
+        scheduler.set_timesteps(c.steps)
+        steps = scheduler.timesteps.tolist()
+        for t, before in zip(steps, [*steps[1:], None]):
+            free, given = their_pass(torch.cat([latents] * 2), t).chunk(2)
+            (free, _), (given, variance) = free.chunk(2, 1), given.chunk(2, 1)
+            noise = torch.cat([free + c.guidance * (given - free), variance], 1)
+            latents = scheduler.step(noise, t, latents, prev_timestep=before).prev_sample
+
+    def training(network, run):
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            run().square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+        return step
+
+    seeds = [torch.Generator() for _ in range(n)]
+    work = {"forward pass": (lambda: ours(x, t, z_i, text), lambda: their_pass(patched, t)),
+            "training step": (training(ours, lambda: torch.cat(ours(x, t, z_i, text), 1)), training(theirs, lambda: their_pass(patched, t))),
+            f"sampling, {c.steps} steps": (lambda: decoder.sample(ours, z_i, text, null, seeds), their_sampling)}
+    with torch.no_grad():
+        rows = [["parameters", *(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M" for network in (ours, theirs)), ""],
+                ["operations of a pass", *(f"{operations(run) / 1e9:.4g} G" for run in work["forward pass"]), ""]]
+    for name, runs in tqdm(work.items(), "work"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=low), torch.set_grad_enabled("training" in name):
+            times = [[seconds(run, device, 0.0) for run in runs] for _ in range(args.turns)]
+        mine, other = (statistics.median(column) for column in zip(*times))
+        ratios = sorted(b / a for a, b in times)
+        rows.append([name, f"{mine:.3f} s", f"{other:.3f} s", f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"])
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Time every stage's training step and sampler, and compare them with the "
@@ -163,12 +237,18 @@ def main():
                         "sampling is float32")
     parser.add_argument("--memory", action="store_true",
                         help="show the memory of training in place of speeds")
+    parser.add_argument("--against", choices=["diffusers"], help="compare the decoder with this library's U-Net")
+    parser.add_argument("--turns", type=int, default=5, help="of --against (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as args.folder:
-        check_ranges(args, batch_size=(2, 65536))
+        check_ranges(args, batch_size=(2, 65536), turns=(1, 1000))
         device = pick_device(args.device)
-        if args.memory:
+        if args.against:
+            rows = against_diffusers(args, device)
+            print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads, 16 pictures.\n")
+            print("| | ours | diffusers | its time / ours, median (lowest to highest) |\n|---|---|---|---|")
+        elif args.memory:
             rows = [count_memory(stage, args, device) for stage in tqdm(args.stages, "stages")]
             print(f"Preset {args.preset}, {args.precision}: megabytes that training needs.\n")
             print("| stage | rows a piece | weights, gradients, moments, EMA | CLIP, z_i | the backward pass | together |\n"

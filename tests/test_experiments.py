@@ -1,5 +1,6 @@
 """The measurements under experiments/, each on a case whose answer is known."""
 
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_rivals_are_scenes_that_the_caption_is_wrong_of():
         left, right = linear_probes.left_and_right(scene)
         assert scene.relation not in ("left of", "right of") or left.x < right.x
         assert caption_accuracy.judge(scene, caption)["all"]
+
+
+def test_a_comparison_with_a_library_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--against", "diffusers"])
+    with pytest.raises(SystemExit) as stop:
+        speed.main()
+    assert stop.value.code == 2 and capsys.readouterr().err == "speed.py: --against diffusers: not installed (pip install diffusers)\n"
 
 
 @pytest.mark.alone
