@@ -313,7 +313,8 @@ def main():
         size = args.size or max(s for s in SIZES if s == 64
                                 or (args.weights / f"upsample-{s}.pt").exists())
         stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind,
-                           args.clip, args.bpe, True, args.candidates != 1, args.precision)
+                           args.clip, args.bpe, lean=True, judge=args.candidates != 1,
+                           precision=args.precision)
         captions = [caption for caption in captions for _ in range(args.n)]
         names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")
@@ -332,8 +333,7 @@ def main():
             columns = args.n if args.n > 1 else math.ceil(len(sheet) ** 0.5)
             print(save_png(grid(sheet, columns), args.out, "grid", captions="\n".join(captions),
                            seed=args.seed, settings=settings))
-        times = ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items())
-        print("seconds:", times, file=sys.stderr)
+        print("seconds:", *(f"{stage} {s:.1f}" for stage, s in seconds.items()), file=sys.stderr)
 
 
 if __name__ == "__main__":
