@@ -36,7 +36,8 @@ VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill
 FIXED_SCENES = 1 << 18  # scenes that the priors train on: their z_i are computed once
 FULL = 0.5  # share of the captions of priors and decoder that name everything
 ALIKE = 0.5  # clip: share of the scenes of two things in which only shape or colour differs
-FORWARD = 0.8  # clip: share of the captions with a relation that name the left or upper thing first
+FORWARD = 0.8  # clip: share of the captions with a relation that begin with the left or upper thing;
+#                with 0.5 neither order nor relation is a hint, and CLIP learned no places
 
 
 # ------------------------------ scenes
