@@ -445,8 +445,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
     guidance_scale = c.guidance if guidance_scale is None else guidance_scale
     if x_T is None:
         x = randn(generators, (len(z_i), 3, c.image_size, c.image_size), z_i.device)
-        rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal),
-                       c.ladder_power)
+        rungs = ladder(steps or c.steps, top_step(alphas_cumprod, c.top_signal), c.ladder_power)
     else:
         x, rungs = x_T, inversion_ladder(steps or c.steps)
     for t, s in tqdm([*zip(rungs, [None, *rungs])][::-1], "decoder", disable=not bar):  # s: below t

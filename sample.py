@@ -119,8 +119,7 @@ class Chain:
                                   self.null, generators, self.decoder_guidance,
                                   self.decoder_steps, self.eta, bar=bar)
 
-        network = PRIORS[self.prior_kind]
-        if network:
+        if network := PRIORS[self.prior_kind]:
             sample = diffusion if network == "prior" else autoregressive
             self.z_i[pictures] = self.run("prior", pictures, 256, sample, candidate, network)
         return self.run("decoder", pictures, BATCH[64], decode, candidate)
@@ -290,8 +289,8 @@ def parse_arguments():
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
     add("--out", type=Path, default=Path("samples"), help="folder (default samples/)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of decoder "
-        "and upsamplers (auto: bfloat16 where the device computes in it)")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of all "
+        "networks but CLIP (auto: bfloat16, or float16, where the device computes in it)")
     args = parser.parse_args()
     check_ranges(args, n=(1, 10_000), seed=(0, 1 << 48), prior_steps=(1, 1000),
                  decoder_steps=(1, 990), prior_guidance=(0, 100), decoder_guidance=(0, 100),
@@ -319,7 +318,7 @@ def main():
         names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")
         options = {name: getattr(args, name) for name in names}
-        settings = describe_options(options | {"precision": args.precision})
+        settings = describe_options(options | {"precision": str(stack.dtype)[6:]})
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # each batch is saved before the next
             some = captions[first:first + BATCH[64]]

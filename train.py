@@ -54,6 +54,7 @@ from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
                                  save_atomically, training_state)
+from weights.stack import pick_dtype
 
 VALIDATION = 8   # held-out batches
 EXPLODED = 1000  # a loss so many times the last row's mean stops the training
@@ -392,7 +393,7 @@ def prepare(stage, args, device):
     batches, picture = ShapeBatches, partial(shapes.fixed_picture, args.seed)
     if args.data and not args.dry_run:
         batches, picture = partial(FolderBatches, args.data), args.data.picture
-    bf16 = {"auto": device.type == "cuda", "bfloat16": True, "float32": False}[args.precision]
+    bf16 = pick_dtype(args.precision, device) == torch.bfloat16
     context = Context(partial(batches, crops=upsample.training_crops), picture, device, args.seed,
                       bf16, recipe, extra={"data": args.data and args.data.mark})
     with first_before_others():
@@ -593,7 +594,7 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     add("--dry-run", action="store_true", help="print parameters, memory, speed and hours")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 on cuda; it also suits CPUs with avx512_bf16 or amx_bf16")
+        help="auto: bfloat16 on GPUs and CPUs that compute in it, else float32")
     add("--workers", type=int, default=1, help="processes that draw pictures (1)")
     add("--log-every", type=int, default=50, help="steps a row of the CSV (50)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")

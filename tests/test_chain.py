@@ -204,7 +204,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(kind, weights):
 def test_bfloat16_draws_nearly_the_same_picture_by_the_same_priors(weights):
     exact, half = (sample.load_stack(weights, size=256, precision=precision) for precision in ("float32", "bfloat16"))
     kinds = {stage: next(network.parameters()).dtype for stage, network in half.items() if stage != "tokenizer"}
-    assert kinds == {"clip": torch.float32, "prior": torch.float32, "decoder": torch.bfloat16, "upsample-256": torch.bfloat16}
+    assert kinds == {"clip": torch.float32, "prior": torch.bfloat16, "decoder": torch.bfloat16, "upsample-256": torch.bfloat16}
     a, b = (sample.generate(stack, ["a star", "a red circle"], size=256, **OPTIONS) for stack in (exact, half))
     assert 0 < (a - b).abs().mean() < 0.02 * a.std() and b.dtype == torch.float32
 
@@ -219,6 +219,17 @@ def test_auto_computes_in_half_the_digits_where_the_device_does(asked, device, a
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not abilities["older"])
     assert stack_module.pick_dtype(asked, device, large) == want
+
+
+@pytest.mark.parametrize("asked, abilities, bf16", [("auto", {}, False), ("auto", {"avx512_bf16": True}, True),
+                                                    ("float32", {"avx512_bf16": True}, False), ("bfloat16", {}, True)])
+def test_training_computes_in_what_precision_names(asked, abilities, bf16, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    tiny.precision = asked
+    context = train.prepare("clip", tiny, torch.device("cpu"))
+    computed = []
+    train.Loss(None, lambda *_: computed.append(torch.ones(1, 1) @ torch.ones(1, 1)), context)((), 0, range(1), False)
+    assert computed[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_every_picture_stage_and_candidate_has_noise_of_its_own():

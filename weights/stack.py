@@ -19,7 +19,10 @@ LARGE = 1e9  # bytes of checkpoints that are read only when they are used
 
 
 class Stages(dict):
-    """{stage: network}; a network given as a partial is built at each use and kept by nobody."""
+    """{stage: network}; a network given as a partial is built at each use and kept by nobody.
+
+    dtype: of all networks but CLIP.
+    """
 
     def __getitem__(self, stage):
         value = super().__getitem__(stage)
@@ -27,9 +30,9 @@ class Stages(dict):
 
 
 def pick_dtype(precision, device, large=False):
-    """The torch.dtype that decoder and upsamplers compute in: `precision`, the name of one, or
-    "auto": bfloat16 on GPUs and CPUs that compute in it; float16 on older GPUs, and on all for
-    `large` networks; else float32."""
+    """The torch.dtype that networks compute in: `precision`, the name of one, or "auto":
+    bfloat16 on GPUs and CPUs that compute in it; float16 on older GPUs, and on all for `large`
+    networks; else float32."""
     kind, known = torch.device(device).type, torch.cpu.get_capabilities()
     if precision != "auto":
         return getattr(torch, precision)
@@ -47,7 +50,7 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     prior_kind: one of PRIORS. clip_path, bpe: a CLIP to use in place of the folder's clip.pt, as
     clip_embed.load_clip reads it. lean: if the checkpoints are LARGE together, read each at each
     use. judge: load the diffusion prior too, if there is one: it judges candidates and restores
-    text diffs. precision: of decoder and upsamplers, and of LARGE priors (pick_dtype). Raises
+    text diffs. precision: of all networks but CLIP (pick_dtype; `dtype` is the one picked). Raises
     UserError for a checkpoint that is missing, damaged, or of another CLIP.
     """
     weights = Path(weights)
@@ -69,11 +72,11 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     def load(stage):
         checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
         network = load_model(*kinds[stage], checkpoint, paths[stage])
-        exact = stage in ("prior", "ar-prior") and not large  # small ones are quick anyway
         # channels_last convolves faster, but its copies take memory
         layout = torch.preserve_format if large else torch.channels_last
-        return network.to(device, torch.float32 if exact else dtype, memory_format=layout)
+        return network.to(device, dtype, memory_format=layout)
 
-    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
     networks = {stage: partial(load, stage) if large else load(stage) for stage in kinds}
-    return Stages(stack | networks)
+    stack = Stages({"clip": clip.to(device), "tokenizer": tokenizer} | networks)
+    stack.dtype = dtype
+    return stack
