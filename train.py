@@ -54,7 +54,7 @@ from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
                                  save_atomically, training_state)
-from weights.stack import pick_dtype
+from weights.stack import keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
 EXPLODED = 1000  # a loss so many times the last row's mean stops the training
@@ -613,6 +613,7 @@ def main():
     with one_line_errors():
         args = parse_arguments()
         device = join_processes(pick_device(args.device))
+        keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # sizes stay: find the fastest kernels
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":

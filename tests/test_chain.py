@@ -2,6 +2,8 @@
 
 import argparse
 import itertools
+import platform
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from data import shapes
 from weights import checkpoints
 from weights import stack as stack_module
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     clip_embed: clip_embed.CLIPConfig(embed_dim=16, image_size=64, vision_patch_size=32, vision_width=16, vision_layers=1, vision_heads=1,
                                       text_width=16, text_layers=1, text_heads=1),
@@ -230,6 +233,29 @@ def test_training_computes_in_what_precision_names(asked, abilities, bf16, tiny,
     computed = []
     train.Loss(None, lambda *_: computed.append(torch.ones(1, 1) @ torch.ones(1, 1)), context)((), 0, range(1), False)
     assert computed[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_not_zeroed_by_the_system():
+    code = """if 1:
+        import resource, torch
+        from weights.stack import keep_freed_memory
+
+        def work():
+            a = torch.ones(4, 1 << 20)
+            return (a + a) * a
+
+        def page_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                work()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        without = page_faults()
+        keep_freed_memory()
+        work()
+        print(without, page_faults())"""
+    without, kept = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    assert kept < without / 4
 
 
 def test_every_picture_stage_and_candidate_has_noise_of_its_own():
