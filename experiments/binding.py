@@ -30,9 +30,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import read_scene
-from clip_embed import one_line_errors, pick_device
-from common import (conclude, decode, draw, finish, gallery, jackknife, load_network, options, parse, phrase, seeds,
-                    show, to_images, true_scenes)
+from clip_embed import one_line_errors
+from common import (conclude, decode, draw, finish, gallery, jackknife, load, load_network, options, parse, phrase, seeds, show,
+                    to_images, true_scenes)
 from manipulations import z_t
 from priors import embed
 from data.shapes import COLOURS, HELD_OUT, SHAPES, swapped
@@ -144,7 +144,7 @@ def main():
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
         args.n += args.n % 2
-        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack = load(args)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
         rows, picture = measure(stack, args)
         show(rows, "link")

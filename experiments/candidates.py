@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-from clip_embed import UserError, one_line_errors, pick_device
-from common import (OPEN, SHOWN, conclude, decode, draw, finish, gallery, jackknife, observe, options, parse, quality, seeds, show,
-                    true_scenes)
+from clip_embed import UserError, one_line_errors
+from common import (OPEN, SHOWN, conclude, decode, draw, finish, gallery, jackknife, load, observe, options, parse, quality,
+                    seeds, show, true_scenes)
 from linear_probes import fit_probe, places
 from priors import embed
 from sweep import captions_of
@@ -110,7 +109,7 @@ def main():
         args.draws = sorted(set(args.draws))
         if args.draws[0] < 1 or args.draws[-1] > 64:
             raise UserError("--draws: each must be between 1 and 64")
-        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack = load(args)
         rows, true = measure(stack, args)
         show(rows | {"true z_i": true}, "draws")
         finish(args, conclusions(rows), gallery(pictures(stack, args)) if args.picture else None, rows=rows, true=true)

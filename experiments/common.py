@@ -28,7 +28,7 @@ import decoder
 import prior
 import sample
 from caption_accuracy import judge, parse_caption, read_scene, relation_of, scene_of
-from clip_embed import UserError, encode_captions
+from clip_embed import UserError, encode_captions, pick_device
 from weights.checkpoints import fingerprint, load_model, read_checkpoint
 from sample import BATCH, in_batches, rows
 from manipulations import to_images
@@ -56,6 +56,7 @@ def options(description, n, of, steps=10):
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="file for the picture")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help="as in sample.py (default float32)")
     return parser
 
 
@@ -75,6 +76,11 @@ def seeds(args):
     return tqdm(range(1, args.seeds + 1), "seeds")
 
 
+def load(args, **options):
+    """The networks of --weights, as sample.load_stack gives them. Raises UserError."""
+    return sample.load_stack(args.weights, pick_device(args.device), precision=args.precision, **options)
+
+
 def load_network(path, stage, stack, given=None):
     """The network of a checkpoint, trained with the stack's CLIP. Raises UserError.
 
@@ -83,7 +89,8 @@ def load_network(path, stage, stack, given=None):
     checkpoint = read_checkpoint(path, stage, clip=(fingerprint(stack["clip"]), "that of --weights"))
     if given and checkpoint.get("given") != given:
         raise UserError(f"{path}: was not trained with --given {given}")
-    return load_model(*NETWORKS[stage], checkpoint, path).to(stack["clip"].logit_scale.device, memory_format=torch.channels_last)
+    network = load_model(*NETWORKS[stage], checkpoint, path)
+    return network.to(stack["clip"].logit_scale.device, stack.dtype, memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------- pictures

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
 from caption_accuracy import read_scene
-from clip_embed import one_line_errors, pick_device
-from common import chart, conclude, finish, gallery, jackknife, noises, options, parse, points, seeds, show, to_images, under
+from clip_embed import one_line_errors
+from common import (chart, conclude, finish, gallery, jackknife, load, noises, options, parse, points, seeds, show, to_images,
+                    under)
 from decoder import randn
 from manipulate import pca_reconstruct
 from manipulations import scenes_of
@@ -102,7 +103,7 @@ def main():
                      "bring.", 40, "pictures of one thing")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
-        stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
+        stack = load(args, prior_kind="none")
         rows, early, first = measure(stack, args)
         show(rows, "components")
         show(early)

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-from clip_embed import one_line_errors, pick_device
-from common import (conclude, decode, draw, finish, gallery, load_network, observe, options, parse, phrase, right,
-                    seeds, show, to_images, true_scenes, under)
+from clip_embed import one_line_errors
+from common import (conclude, decode, draw, finish, gallery, load, load_network, observe, options, parse, phrase, right, seeds,
+                    show, to_images, true_scenes, under)
 from manipulations import z_t
 from priors import embed
 from data.shapes import COLOURS, HELD_OUT, SHAPES
@@ -88,7 +87,7 @@ def main():
                      36, "pictures of pairs never trained, and as many of trained ones")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
-        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack = load(args)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
         rows, sheets = measure(stack, args)
         show(rows, "link, pairs")

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-from clip_embed import one_line_errors, pick_device
-from common import (conclude, decode, draw, fidelity, finish, gallery, load_network, observe, options,
-                    parse, right, seeds, show, true_scenes)
+from clip_embed import one_line_errors
+from common import (conclude, decode, draw, fidelity, finish, gallery, load, load_network, observe, options, parse, right, seeds,
+                    show, true_scenes)
 from priors import embed
 from sweep import captions_of
 
@@ -66,8 +65,7 @@ def main():
     parser.add_argument("--z-t", type=Path, metavar="PATH", help="a decoder trained with --given z_t (default: left out)")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
-        device = pick_device(args.device)
-        stack = sample.load_stack(args.weights, device)
+        stack = load(args)
         stack["ar-prior"] = load_network(args.weights / "ar-prior.pt", "ar-prior", stack)
         trained = {"caption alone": (args.glide, "caption"), "z_t": (args.z_t, "z_t")}
         others = {name: load_network(path, "decoder", stack, given) for name, (path, given) in trained.items() if path}

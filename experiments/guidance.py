@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-from clip_embed import UserError, one_line_errors, pick_device
-from common import (OPEN, SHOWN, chart, conclude, decode, draw, finish, gallery, load_network, observe, options, parse, points, quality, seeds,
-                    show, to_images, true_scenes, under)
+from clip_embed import UserError, one_line_errors
+from common import (OPEN, SHOWN, chart, conclude, decode, draw, finish, gallery, load, load_network, observe, options, parse,
+                    points, quality, seeds, show, to_images, true_scenes, under)
 from sweep import captions_of
 
 COLUMNS = ("all right", "distance, attributes", "distance, features", "diversity")
@@ -88,7 +87,7 @@ def main():
         if any(not 0 <= scale <= 100 for scale in args.guidance):
             raise UserError("--guidance: each must be between 0 and 100")
         args.guidance = sorted(set(args.guidance))
-        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack = load(args)
         alone = {**stack, "decoder": load_network(args.glide, "decoder", stack, "caption")} if args.glide else stack
         print(f"The caption alone is given to {args.glide or 'the decoder of unCLIP, with z_i = 0'}.\n", flush=True)
         models = {"caption alone": (alone, "none"), "unCLIP": (stack, "diffusion")}

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sample
-from clip_embed import UserError, one_line_errors, pick_device
-from common import OPEN, SHOWN, conclude, decode, draw, finish, gallery, observe, options, parse, quality, seeds, show
+from clip_embed import UserError, one_line_errors
+from common import (OPEN, SHOWN, conclude, decode, draw, finish, gallery, load, observe, options, parse, quality, seeds, show)
 from sweep import captions_of
 
 SETTINGS = {"neither": (0, 0), "prior": (1, 0), "decoder": (0, 1), "both": (1, 1)}  # guided or not: prior, decoder
@@ -73,7 +72,7 @@ def main():
         args = parse(parser)
         if not 0 <= args.guidance <= 100:
             raise UserError(f"--guidance {args.guidance:g}: must be between 0 and 100")
-        stack = sample.load_stack(args.weights, pick_device(args.device))
+        stack = load(args)
         rows = measure(stack, args)
         show(rows, "guided")
         finish(args, conclusions(rows), gallery(pictures(stack, args)) if args.picture else None, rows=rows)

@@ -29,10 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prior
 import sample
-from clip_embed import UserError, encode_captions, one_line_errors, pick_device
+from clip_embed import UserError, encode_captions, one_line_errors
 from weights.checkpoints import read_checkpoint
-from common import (conclude, decode, draw, fidelity, finish, gallery, jackknife, load_network, observe, options,
-                    parse, right, seeds, show, true_scenes)
+from common import (conclude, decode, draw, fidelity, finish, gallery, jackknife, load, load_network, observe, options, parse,
+                    right, seeds, show, true_scenes)
 from priors import embed, frechet
 from speed import operations
 from sweep import captions_of
@@ -53,7 +53,7 @@ def training(path, stage, stack):
     text, null = encode_captions(stack["clip"], stack["tokenizer"], one)
     z_i = embed(stack, true_scenes(one, 0)).to(text["z_t"].device)
     network = stack[stage].requires_grad_(True)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(z_i.device.type, stack.dtype, enabled=stack.dtype != torch.float32):
         count = operations(lambda: LOSSES[stage](network, z_i, text, null, sample.generators("prior", 0, range(batch)),
                                                  **loss).backward())
     network.requires_grad_(False).zero_grad()
@@ -140,7 +140,7 @@ def main():
         args = parse(parser)
         if args.equal_steps is not None and not 1 <= args.equal_steps <= 1000:
             raise UserError(f"--equal-steps {args.equal_steps}: must be between 1 and 1000")
-        stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
+        stack = load(args, prior_kind="none")
         paths = {"prior": args.prior or args.weights / "prior.pt", "ar-prior": args.ar_prior or args.weights / "ar-prior.pt"}
         stack |= {stage: load_network(path, stage, stack) for stage, path in paths.items()}
         said = balance({stage: training(path, stage, stack) for stage, path in paths.items()})

@@ -26,9 +26,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from caption_accuracy import BLURS, CONTRAST, SHAPES, SIDE, best_pose, fit_background
-from clip_embed import one_line_errors, pick_device
+from clip_embed import one_line_errors
 from weights.checkpoints import read_checkpoint
-from common import conclude, decode, finish, gallery, jackknife, options, parse, seeds, show, to_images
+from common import conclude, decode, finish, gallery, jackknife, load, options, parse, seeds, show, to_images
 from manipulations import z_t
 from priors import embed
 from data.shapes import lay_out, pick, random_scene
@@ -139,7 +139,7 @@ def main():
                      "z_i?", 64, "pictures")
     with one_line_errors(), torch.no_grad():
         args = parse(parser)
-        stack = sample.load_stack(args.weights, pick_device(args.device), prior_kind="none")
+        stack = load(args, prior_kind="none")
         checkpoint = read_checkpoint(args.weights / "clip.pt", "clip")
         words = checkpoint.get("words", 0)
         print(f"This CLIP's training had words in {words:.0%} of its scenes.\n", flush=True)
