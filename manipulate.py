@@ -36,7 +36,7 @@ from clip_embed import (UserError, check_ranges, encode_captions, encode_picture
 from sample import BATCH, generators, in_batches, rows, save_png
 from weights.checkpoints import check_out, read_checkpoint
 from weights.latents import load_latent, save_latent
-from weights.stack import SHIPPED, SIZES, load_stack
+from weights.stack import PRECISIONS, SHIPPED, SIZES, load_stack
 
 
 def load_picture(stack, path):
@@ -161,12 +161,13 @@ def restored(stack, z_i, z_theta, t=160):
     model, d = stack["prior"], z_i.shape[1]
     if not model.config.unit_norm:
         return z_theta
-    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""])
+    text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * 2 * len(z_i))
     z_0 = torch.cat([z_i, z_theta]).to(text["z_t"]) * prior.scale(d)  # (2B, d)
-    text = {k: v.expand(len(z_0), *v.shape[1:]) for k, v in text.items()}
     t = torch.full_like(z_0[:, 0], t, dtype=torch.long)
     eps = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(z_0)  # one for all rows
-    own, moved = model(prior.q_sample(z_0, t, eps, prior.cosine_schedule()), t, text).chunk(2)
+    noised = prior.q_sample(z_0, t, eps, prior.cosine_schedule())
+    own, moved = in_batches(model, len(z_0), BATCH[64], lambda part: model(
+        noised[part], t[part], rows(text, part))).chunk(2)
     return F.normalize(z_i + (moved - own).to(z_i) / prior.scale(d), dim=1)
 
 
@@ -300,6 +301,7 @@ def parse_arguments():
         add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
         add("--out", type=Path, default=Path("manipulations"), help="folder, or strip's NAME.png")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
+        add("--precision", default="auto", choices=PRECISIONS, help="auto: half where it is faster")
         return add
 
     add = command("variations", 1, "decode (z_i, x_T) with fresh noise on the way (§3.1)")
@@ -348,13 +350,13 @@ def run(args, stack, pairs, caption, steps):
         # the same picture n times says no more than once
         return images, [[f"eta {eta:g}"] * (args.n if eta else 1) for eta in args.eta]
     if args.command == "reconstruct":
-        mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
-        kept = len(components)
+        codes = stack["ar-prior"].cpu().float()
+        kept = len(codes.components)
         counts = args.components or [2 ** n for n in range(20) if 2 ** n < kept] + [kept]
         noise = generators("decoder", args.seed, range(args.rows))
         x_T = torch.cat([x_T, decoder.randn(noise, x_T.shape, "cpu")])[:args.rows]
-        images = pca_reconstruct(stack, z_i.expand(args.rows, -1), x_T, mean, components, counts,
-                                 **options)
+        images = pca_reconstruct(stack, z_i.expand(args.rows, -1), x_T, codes.mean,
+                                 codes.components, counts, **options)
         return images, [[f"k {k}" for k in counts]] * args.rows
     maximum = getattr(args, "max", 1)
     labels = [f"theta {maximum * k / (args.frames - 1):.3g}" for k in range(args.frames)]
@@ -373,7 +375,8 @@ def main():
         check_arguments(args)
         kind = "ar" if args.command == "reconstruct" else "none"
         stack = load_stack(args.weights, pick_device(args.device), args.size, kind, args.clip,
-                           args.bpe, judge=args.command == "textdiff" and not args.whole)
+                           args.bpe, judge=args.command == "textdiff" and not args.whole,
+                           precision=args.precision)
         wanted = max(getattr(args, "components", None) or [0])
         if wanted and wanted > (kept := len(stack["ar-prior"].components)):
             raise UserError(f"--components {wanted}: {args.weights}/ar-prior.pt keeps only {kept}")

@@ -38,7 +38,7 @@ import prior
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_picture
 from weights.checkpoints import check_out
-from weights.stack import PRIORS, SHIPPED, SIZES, load_stack
+from weights.stack import PRECISIONS, PRIORS, SHIPPED, SIZES, load_stack
 
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
@@ -289,8 +289,7 @@ def parse_arguments():
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
     add("--out", type=Path, default=Path("samples"), help="folder (default samples/)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of all "
-        "networks but CLIP (auto: bfloat16, or float16, where the device computes in it)")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: half where it is faster")
     args = parser.parse_args()
     check_ranges(args, n=(1, 10_000), seed=(0, 1 << 48), prior_steps=(1, 1000),
                  decoder_steps=(1, 990), prior_guidance=(0, 100), decoder_guidance=(0, 100),

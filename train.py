@@ -54,7 +54,7 @@ from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
 from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
                                  save_atomically, training_state)
-from weights.stack import keep_freed_memory, pick_dtype
+from weights.stack import PRECISIONS, keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
 EXPLODED = 1000  # a loss so many times the last row's mean stops the training
@@ -593,8 +593,7 @@ def parse_arguments():
     add("--init", type=Path, metavar="CHECKPOINT", help="start one stage from these weights")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     add("--dry-run", action="store_true", help="print parameters, memory, speed and hours")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 on GPUs and CPUs that compute in it, else float32")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bfloat16 where it is faster")
     add("--workers", type=int, default=1, help="processes that draw pictures (1)")
     add("--log-every", type=int, default=50, help="steps a row of the CSV (50)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
@@ -622,10 +621,9 @@ def main():
         if args.data:
             with first_before_others(), only_first_prints():
                 args.data = gather(args.data, args.out, args.workers, few=not args.init)
-        run = dry_run if args.dry_run else train
         for stage in stages if args.stage == "all" else [args.stage]:
             try:
-                run(stage, args, device)
+                (dry_run if args.dry_run else train)(stage, args, device)
             except TooFew as error:
                 if args.stage != "all":
                     raise

@@ -434,7 +434,7 @@ def test_a_poor_reconstruction_is_told_with_what_to_do(weights, picture, tmp_pat
 def damaged(tmp_path, weights, **change):
     """A latent file for the stack's decoder, changed."""
     model = checkpoints.load_model(decoder.Decoder, decoder.DecoderConfig, checkpoints.read_checkpoint(weights / "decoder.pt", "decoder"), "")
-    latent = {"stage": "latent", "config": {"decoder": checkpoints.fingerprint(model), "caption": "", "steps": 3},
+    latent = {"stage": "latent", "config": {"decoder": checkpoints.fingerprint(model, torch.bfloat16), "caption": "", "steps": 3},
               "model": {"z_i": unit(1, 16), "x_T": torch.randn(1, 3, 64, 64)}}
     for key, value in change.items():
         latent["model" if key in ("z_i", "x_T") else "config"][key] = value
@@ -484,6 +484,25 @@ def test_a_foreign_or_damaged_latent_file_is_refused_in_one_line(change, said, w
     assert run(monkeypatch, "variations", path, "--weights", weights, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert said in err and str(path) in err and len(err.splitlines()) == 1
+
+
+def test_a_latent_file_fits_its_decoder_in_either_precision(weights, tmp_path, monkeypatch):
+    path = damaged(tmp_path, weights)
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / f"{precision}.png"
+        assert run(monkeypatch, "variations", path, "--weights", weights, "--out", out, "--precision", precision, "--n", "1") == 0
+    strips = [np.asarray(Image.open(tmp_path / f"{precision}.png"), float) for precision in ("float32", "bfloat16")]
+    assert 0 < abs(strips[0] - strips[1]).mean() < 2
+
+
+def test_textdiff_and_reconstruct_compute_in_bfloat16_too(weights, picture, tmp_path, monkeypatch):
+    for command in (["textdiff", picture, "--to", "a star"], ["reconstruct", picture]):
+        strips = []
+        for precision in ("float32", "bfloat16"):
+            out = tmp_path / f"{precision}.png"
+            assert run(monkeypatch, *command, "--steps", "3", "--weights", weights, "--out", out, "--precision", precision) == 0
+            strips.append(np.asarray(Image.open(out), float))
+        assert 0 < abs(strips[0] - strips[1]).mean() < 0.1 * strips[0].std()
 
 
 def test_a_latent_file_is_decoded_as_it_was_inverted_or_not_at_all(weights, tmp_path, monkeypatch, capsys):

@@ -152,12 +152,12 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     return model.eval()
 
 
-def fingerprint(clip):
-    """Sixteen hex digits that name a CLIP by its weights, the same for its half-precision copy."""
+def fingerprint(network, digits=torch.float16):
+    """Sixteen hex digits that name a network by its weights, the same for its copy in `digits`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().half().flatten().numpy())
+        digest.update(tensor.detach().cpu().to(digits).half().flatten().numpy())
     return digest.hexdigest()[:16]
 
 

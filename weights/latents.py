@@ -8,7 +8,7 @@ from weights.checkpoints import fingerprint, read_checkpoint
 
 def save_latent(path, stack, z_i, x_T, caption, steps):
     """Write a picture's z_i (1, d), x_T (1, 3, 64, 64), and the settings its decoding repeats."""
-    config = {"decoder": fingerprint(stack["decoder"]), "caption": caption, "steps": steps}
+    config = {"decoder": fingerprint(stack["decoder"], torch.bfloat16), "caption": caption, "steps": steps}
     model = {"z_i": z_i.clone(), "x_T": x_T.clone()}
     with open(path, "wb") as file:  # opened here, so that a full disk is an OSError
         torch.save({"stage": "latent", "config": config, "model": model}, file)
@@ -18,7 +18,7 @@ def load_latent(path, stack):
     """(z_i (1, d), x_T (1, 3, 64, 64), caption, steps) of a latent file. Raises UserError."""
     checkpoint = read_checkpoint(path, "latent", writer="manipulate.py --save-latent")
     config, halves, c = checkpoint["config"], checkpoint["model"], stack["decoder"].config
-    if config.get("decoder") != fingerprint(stack["decoder"]):
+    if config.get("decoder") != fingerprint(stack["decoder"], torch.bfloat16):
         raise UserError(f"{path}: belongs to another decoder than the one in --weights; "
                         "make it anew")
     for name, shape in {"z_i": (1, c.embed_dim), "x_T": (1, 3, c.image_size, c.image_size)}.items():

@@ -16,6 +16,7 @@ from weights.checkpoints import fingerprint, load_model, read_checkpoint
 SHIPPED = Path(__file__).parent / "shapes"
 SIZES = (64, 256, 1024)
 PRIORS = {"diffusion": "prior", "ar": "ar-prior", "none": None, "text": None}  # --prior: its stage
+PRECISIONS = ("auto", "float32", "bfloat16")  # auto: see pick_dtype
 LARGE = 1e9  # bytes of checkpoints that are read only when they are used
 
 
