@@ -8,13 +8,14 @@ Out:  on stdout, a Markdown table with these columns for each stage: its paramet
 
 A sampled image is timed over a few of its steps and scaled to all of them. Scenes are drawn
 beforehand. With --memory the table shows the memory of a training instead, counted tensor by
-tensor. With --against diffusers it shows the decoder beside diffusers' U-Net of the same sizes, the
-two timed in turn, that U-Net called as diffusers' own unCLIP pipeline calls it (`pip install
-diffusers`: no other file needs it).
+tensor. With --profile it shows which operations take the decoder's time. With --against diffusers
+it shows the decoder beside diffusers' U-Net of the same sizes, the two timed in turn, that U-Net
+called as diffusers' own unCLIP pipeline calls it (`pip install diffusers`: no other file needs it).
 
     python experiments/speed.py
     python experiments/speed.py --memory --preset laptop --precision bfloat16
     python experiments/speed.py --preset laptop --precision bfloat16
+    python experiments/speed.py --profile --precision bfloat16
     python experiments/speed.py --against diffusers
 """
 
@@ -37,6 +38,7 @@ import train
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device
 from sample import generators
+from weights.stack import keep_freed_memory
 
 
 def seconds(run, device, least=2.0):
@@ -125,12 +127,16 @@ def count_memory(stage, args, device):
     return [stage, str(rows), *(f"{size / 1e6:.4g}" for size in [*sizes, sum(sizes)])]
 
 
-def measure(stage, args, device, peak):
-    """One row of the table of speed, as a list of strings."""
-    context = prepare(stage, args, device)
+def halved(model, low):
+    """The network as load_stack gives it for sampling: in bfloat16, or as it is."""
+    return model.eval().to(torch.bfloat16 if low else torch.float32)
+
+
+def training(stage, context, device):
+    """(network, batch, loss(), step()) of a stage's training."""
     recipe, low = context.recipe, context.bf16
     model = train.STAGES[stage].network(context.config).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = train.to_device(context.batches(stage, recipe.batch_size, 0, context.config)[0], device)
 
     def loss():
@@ -142,15 +148,45 @@ def measure(stage, args, device, peak):
         loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    return model, batch, loss, step
 
+
+def profile(args, device, shown=12):
+    """Rows of a table: the share of the decoder's time that each of torch's operations takes."""
+    context = prepare("decoder", args, device)
+    context = replace(context, recipe=replace(context.recipe, batch_size=min(64, context.recipe.batch_size)))
+    model, batch, _, step = training("decoder", context, device)
+
+    def shares(run):
+        run()  # warms up
+        with torch.profiler.profile() as found:
+            run()
+        times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in found.key_averages()}
+        return {name: time / sum(times.values()) for name, time in times.items()}
+
+    trained, low = shares(step), context.bf16
+    run, _ = one_image("decoder", halved(model, low), batch, context, 16)
+    with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        sampled = shares(run)
+    names = sorted(trained | sampled, key=lambda name: -trained.get(name, 0) - sampled.get(name, 0))
+    rows = [[name, *(f"{column.get(name, 0):.1%}" for column in (sampled, trained))] for name in names[:shown]]
+    return [*rows, ["all others", *(f"{sum(column.get(name, 0) for name in names[shown:]):.1%}" for column in (sampled, trained))]]
+
+
+def measure(stage, args, device, peak):
+    """One row of the table of speed, as a list of strings."""
+    context = prepare(stage, args, device)
+    recipe, low = context.recipe, context.bf16
+    model, batch, loss, step = training(stage, context, device)
     train_flops, train_seconds = operations(step), seconds(step, device)
     with torch.no_grad():
         forward_flops, forward_seconds = operations(loss), seconds(loss, device)
     rate = "–"
     if stage in ("prior", "decoder") or stage.startswith("upsample"):
         pictures = {"prior": 256, "decoder": 16, "upsample-256": 4}.get(stage, 1)
-        run, share = one_image(stage, model.eval(), batch, context, pictures)
-        rate = f"{pictures * share / seconds(run, device):.3g}"
+        run, share = one_image(stage, halved(model, low), batch, context, pictures)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            rate = f"{pictures * share / seconds(run, device):.3g}"
     return [stage, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M", str(recipe.batch_size),
             f"{recipe.batch_size / train_seconds:.3g}", rate, f"{train_flops / 1e9:.3g} G",
             f"{train_flops / train_seconds / peak:.0%}", f"{forward_flops / forward_seconds / peak:.0%}"]
@@ -200,7 +236,7 @@ def against_diffusers(args, device, pictures=16, tokens=16):
             noise = torch.cat([free + c.guidance * (given - free), variance], 1)
             latents = scheduler.step(noise, t, latents, prev_timestep=before).prev_sample
 
-    def training(network, run):
+    def steps_of(network, run):
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
 
         def step():
@@ -212,7 +248,7 @@ def against_diffusers(args, device, pictures=16, tokens=16):
 
     seeds = [torch.Generator() for _ in range(n)]
     work = {"forward pass": (lambda: ours(x, t, z_i, text), lambda: their_pass(patched, t)),
-            "training step": (training(ours, lambda: torch.cat(ours(x, t, z_i, text), 1)), training(theirs, lambda: their_pass(patched, t))),
+            "training step": (steps_of(ours, lambda: torch.cat(ours(x, t, z_i, text), 1)), steps_of(theirs, lambda: their_pass(patched, t))),
             f"sampling, {c.steps} steps": (lambda: decoder.sample(ours, z_i, text, null, seeds), their_sampling)}
     with torch.no_grad():
         rows = [["parameters", *(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M" for network in (ours, theirs)), ""],
@@ -233,10 +269,10 @@ def main():
     parser.add_argument("--preset", default="shapes", choices=train.RECIPES)
     parser.add_argument("--stages", nargs="+", default=list(train.STAGES), choices=train.STAGES, help="default: all")
     parser.add_argument("--batch-size", type=int, help="of training (default: the recipe's)")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of training (default float32); "
-                        "sampling is float32")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="default float32")
     parser.add_argument("--memory", action="store_true",
                         help="show the memory of training in place of speeds")
+    parser.add_argument("--profile", action="store_true", help="show which operations take the decoder's time")
     parser.add_argument("--against", choices=["diffusers"], help="compare the decoder with this library's U-Net")
     parser.add_argument("--turns", type=int, default=5, help="of --against (default 5)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -244,7 +280,12 @@ def main():
     with one_line_errors(), tempfile.TemporaryDirectory() as args.folder:
         check_ranges(args, batch_size=(2, 65536), turns=(1, 1000))
         device = pick_device(args.device)
-        if args.against:
+        keep_freed_memory()  # as train.py and sample.py do
+        if args.profile:
+            rows = profile(args, device)
+            print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads: shares of the decoder's time.\n")
+            print("| operation of torch | sampling 16 pictures | a training step |\n|---|---|---|")
+        elif args.against:
             rows = against_diffusers(args, device)
             print(f"Preset {args.preset}, {args.precision}, {device}, {torch.get_num_threads()} threads, 16 pictures.\n")
             print("| | ours | diffusers | its time / ours, median (lowest to highest) |\n|---|---|---|---|")

@@ -65,6 +65,14 @@ def test_a_comparison_with_a_library_that_is_not_installed_is_one_line(monkeypat
     assert stop.value.code == 2 and capsys.readouterr().err == "speed.py: --against diffusers: not installed (pip install diffusers)\n"
 
 
+def test_the_profile_names_the_operations_and_their_shares(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "one_image", lambda *_: (lambda: torch.ones(512, 512) @ torch.ones(512, 512), 1))
+    rows = speed.profile(Namespace(preset="shapes", batch_size=2, precision="float32", folder=tmp_path), torch.device("cpu"), shown=100)
+    shares = {name: [float(cell.rstrip("%")) for cell in cells] for name, *cells in rows}
+    assert all(sum(column) == pytest.approx(100, abs=2) for column in zip(*shares.values()))
+    assert shares["mm"][0] > 50 > shares["convolution_backward"][1] > 5 and shares["convolution_backward"][0] == 0
+
+
 @pytest.mark.alone
 @pytest.mark.slow
 def test_the_speed_of_every_stage_can_be_measured(tmp_path, monkeypatch):
