@@ -66,8 +66,9 @@ def stopped_after(monkeypatch, saves):
     monkeypatch.setattr(train, "save_atomically", save)
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_resuming_equals_never_having_stopped(stage, tiny, monkeypatch):
+@pytest.mark.parametrize("stage, precision", [*((stage, "float32") for stage in train.STAGES), ("clip", "bfloat16"), ("decoder", "bfloat16")])
+def test_resuming_equals_never_having_stopped(stage, precision, tiny, monkeypatch):
+    tiny.precision = precision
     if stage in ("prior", "ar-prior", "decoder"):
         train.train("clip", tiny, torch.device("cpu"))
     whole, parts = argparse.Namespace(**vars(tiny)), argparse.Namespace(**vars(tiny))
