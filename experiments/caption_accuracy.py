@@ -381,7 +381,7 @@ def main():
     add("--sheet", type=Path, metavar="PNG", help="draw the pictures that fail, with what they got wrong")
     add("--json", type=Path, help="write settings, rates and every caption's score")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help="as in sample.py (default float32)")
+    add("--precision", default="float32", choices=sample.PRECISIONS, help="as in sample.py (default float32)")
     args = parser.parse_args()
     with one_line_errors():
         for name, low, high in (("self_test", 0, 1e6), ("n", 0, 1e6), ("seed", 0, 1 << 48), ("prior_guidance", 0, 100),

@@ -56,7 +56,7 @@ def options(description, n, of, steps=10):
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="file for the picture")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"], help="as in sample.py (default float32)")
+    parser.add_argument("--precision", default="float32", choices=sample.PRECISIONS, help="as in sample.py (default float32)")
     return parser
 
 

@@ -232,7 +232,7 @@ def textdiff(stack, args):
 
 def reconstruction(stack, args):
     """The attributes in decodings of z_i's first k principal components, from fresh noise."""
-    mean, components = stack["ar-prior"].mean.cpu(), stack["ar-prior"].components.cpu()
+    mean, components = (stack["ar-prior"].get_buffer(name).cpu().float() for name in ("mean", "components"))
     scenes = scenes_of(7, args.n, args.seed)
     z_i = manipulate.invert(stack, to_images(scenes), steps=2)[0]
     counts = [k for k in COUNTS if k < len(components)] + [len(components)]
@@ -263,6 +263,7 @@ def main():
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="default: the shipped ones")
     parser.add_argument("--json", type=Path, default=Path("runs/manipulations.json"), help="default runs/manipulations.json")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", default="float32", choices=sample.PRECISIONS, help="as in manipulate.py (default float32)")
     args = parser.parse_args()
     with one_line_errors():
         if set(args.parts) - set(PARTS):
@@ -270,7 +271,7 @@ def main():
         if not 4 <= args.n <= 100_000 or not all(2 <= s <= 950 for s in args.steps) or not 0 <= args.seed < 1 << 30:
             raise UserError("--n must be between 4 and 100000, --steps between 2 and 950, --seed between 0 and 2^30")
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        stack = sample.load_stack(args.weights, pick_device(args.device), 64, "ar", judge=True)
+        stack = sample.load_stack(args.weights, pick_device(args.device), 64, "ar", judge=True, precision=args.precision)
         numbers = {"n": args.n, "seed": args.seed, "steps": args.steps}
         for part in args.parts or PARTS:
             numbers[part] = PARTS[part](stack, args)

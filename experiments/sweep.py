@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the sweeps")
     parser.add_argument("--json", type=Path, help="write the numbers")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="as in sample.py (default auto)")
+    parser.add_argument("--precision", default="auto", choices=sample.PRECISIONS, help="as in sample.py (default auto)")
     args = parser.parse_args()
     with one_line_errors():
         for name, low, high in (("n", 2, 100_000), ("guidance", 0, 100), ("steps", 1, 990), ("candidates", 1, 1000)):
