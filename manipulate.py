@@ -301,7 +301,7 @@ def parse_arguments():
         add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
         add("--out", type=Path, default=Path("manipulations"), help="folder, or strip's NAME.png")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
-        add("--precision", default="auto", choices=PRECISIONS, help="auto: half where it is faster")
+        add("--precision", default="auto", choices=PRECISIONS, help="auto: bfloat16 where faster")
         return add
 
     add = command("variations", 1, "decode (z_i, x_T) with fresh noise on the way (§3.1)")

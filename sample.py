@@ -289,7 +289,7 @@ def parse_arguments():
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
     add("--out", type=Path, default=Path("samples"), help="folder (default samples/)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", default="auto", choices=PRECISIONS, help="auto: half where it is faster")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bfloat16 where it is faster")
     args = parser.parse_args()
     check_ranges(args, n=(1, 10_000), seed=(0, 1 << 48), prior_steps=(1, 1000),
                  decoder_steps=(1, 990), prior_guidance=(0, 100), decoder_guidance=(0, 100),

@@ -53,7 +53,8 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):  # another C library
         return
     mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
-    mallopt(-3, 2 ** 30) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; older versions allow less
+    if not mallopt(-3, 2 ** 30):  # M_MMAP_THRESHOLD: larger tensors are returned
+        mallopt(-3, 2 ** 25)  # the most that older versions allow
 
 
 def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
