@@ -4,7 +4,7 @@ A model of the caption alone should lose it.
 
 In:   a folder of checkpoints, and a model of the caption alone. --glide: a decoder trained with
       python train.py decoder --given caption. Without it, unCLIP's own decoder gets the caption
-      alone, which it saw in 5% of its training
+      alone, which it saw in 21% of its training (paper: 5%)
 Out:  on stdout, a table for each model and guidance scale: how often a picture shows its whole
       caption; Fréchet distances to true renderings, of the attributes that the reader finds and of
       random features; how much two pictures of a caption differ in the things that it leaves open,

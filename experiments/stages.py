@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 import upsample
 from caption_accuracy import rates, score
-from clip_embed import UserError, one_line_errors, pick_device
+from clip_embed import UserError, check_ranges, one_line_errors, pick_device
 from common import decode, draw, to_images
 from priors import embed
 from data.shapes import attributes_in_caption, describe, random_scene
@@ -61,6 +61,7 @@ def main():
                              "50; 0: none)")
     parser.add_argument("--things", type=int, choices=(1, 2),
                         help="only scenes with this number of things")
+    parser.add_argument("--guidance", type=float, help="of the decoder (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
     parser.add_argument("--json", type=Path, help="write the numbers")
@@ -69,6 +70,7 @@ def main():
     with one_line_errors(), torch.no_grad():
         if not 1 <= args.n <= 100_000 or not 0 <= args.large <= args.n or not 0 <= args.seed < 1 << 30:
             raise UserError("--n must be between 1 and 100000, --large between 0 and --n, --seed between 0 and 2^30")
+        check_ranges(args, guidance=(0, 100))
         device = pick_device(args.device)
         stack = sample.load_stack(args.weights, device, 1024 if args.large else 64)
         rngs = [np.random.default_rng([args.seed, 1 << 21, k]) for k in range(args.n)]
@@ -80,7 +82,7 @@ def main():
         for name, z_i, words in tqdm((("true z_i, caption", z_true, captions), ("true z_i alone", z_true, empty),
                                       ("prior's z_i, caption", z_prior, captions), ("prior's z_i alone", z_prior, empty),
                                       ("caption alone", torch.zeros_like(z_true), captions)), "decoder"):
-            rows[name] = decode(stack, z_i, words, args.seed)
+            rows[name] = decode(stack, z_i, words, args.seed, args.guidance)
         if args.large:
             for name, small in (("the true 64s", true), ("the prior's 64s", rows["prior's z_i, caption"])):
                 small = small[:args.large]
