@@ -232,7 +232,7 @@ def textdiff(stack, args):
 
 def reconstruction(stack, args):
     """The attributes in decodings of z_i's first k principal components, from fresh noise."""
-    mean, components = (stack["ar-prior"].get_buffer(name).cpu().float() for name in ("mean", "components"))
+    mean, components = (getattr(stack["ar-prior"], name).cpu().float() for name in ("mean", "components"))
     scenes = scenes_of(7, args.n, args.seed)
     z_i = manipulate.invert(stack, to_images(scenes), steps=2)[0]
     counts = [k for k in COUNTS if k < len(components)] + [len(components)]
