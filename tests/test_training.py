@@ -171,7 +171,8 @@ def test_recomputing_keeps_less_and_spares_the_ema(low):
 @pytest.mark.slow
 def test_two_processes_under_torchrun_train_what_one_does(tmp_path):
     """By the command line: the shapes upsampler, three steps."""
-    weights, options = [], ["upsample-256", "--batch-size", "4", "--steps", "3", "--save-every", "9", "--device", "cpu", "--out"]
+    weights, options = [], ["upsample-256", "--batch-size", "4", "--steps", "3", "--save-every", "9", "--device", "cpu",
+                        "--precision", "float32", "--out"]
     for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
         subprocess.run([sys.executable, *launch, train.__file__, *options, tmp_path / name], check=True, timeout=150)
         files = [p for p in (tmp_path / name).iterdir() if p.name != ".upsample-256.lock"]
