@@ -132,23 +132,29 @@ def halved(model, low):
     return model.eval().to(torch.bfloat16 if low else torch.float32)
 
 
+def step_of(network, loss):
+    """step(): one training step of a network on loss(), as in train.py but for its schedule and EMA."""
+    device = next(network.parameters()).device.type
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=device != "mps")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
 def training(stage, context, device):
     """(network, batch, loss(), step()) of a stage's training."""
     recipe, low = context.recipe, context.bf16
     model = train.STAGES[stage].network(context.config).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = train.to_device(context.batches(stage, recipe.batch_size, 0, context.config)[0], device)
 
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=low), train.attention_kernel(device, low):
             return train.STAGES[stage].loss(model, batch, context, train.row_generators(0, 0, range(recipe.batch_size)))
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model, batch, loss, step
+    return model, batch, loss, step_of(model, loss)
 
 
 def profile(args, device, shown=12):
@@ -236,19 +242,10 @@ def against_diffusers(args, device, pictures=16, tokens=16):
             noise = torch.cat([free + c.guidance * (given - free), variance], 1)
             latents = scheduler.step(noise, t, latents, prev_timestep=before).prev_sample
 
-    def steps_of(network, run):
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            run().square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-        return step
-
     seeds = [torch.Generator() for _ in range(n)]
     work = {"forward pass": (lambda: ours(x, t, z_i, text), lambda: their_pass(patched, t)),
-            "training step": (steps_of(ours, lambda: torch.cat(ours(x, t, z_i, text), 1)), steps_of(theirs, lambda: their_pass(patched, t))),
+            "training step": (step_of(ours, lambda: torch.cat(ours(x, t, z_i, text), 1).square().mean()),
+                              step_of(theirs, lambda: their_pass(patched, t).square().mean())),
             f"sampling, {c.steps} steps": (lambda: decoder.sample(ours, z_i, text, null, seeds), their_sampling)}
     with torch.no_grad():
         rows = [["parameters", *(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M" for network in (ours, theirs)), ""],
