@@ -36,6 +36,7 @@ VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill
 FIXED_SCENES = 1 << 18  # scenes that the priors train on: their z_i are computed once
 FULL = 0.5  # share of the captions of priors and decoder that name everything
 ALIKE = 0.5  # clip: share of the scenes of two things in which only shape or colour differs
+SINGLES = 1000  # clip: the first batches have one thing a scene (crossed); else fill is not learned
 FORWARD = 0.8  # clip: share of the captions with a relation that begin with the left or upper thing;
 #                with 0.5 neither order nor relation is a hint, and CLIP learned no places
 
@@ -238,6 +239,24 @@ def near_misses(scene, named, rng, n=3):
     return group[1:]
 
 
+def crossed(rng):
+    """(four scenes, attributes that their captions name) of one thing: as it is, with one attribute
+    changed, with another one changed, with both. Scenes with a pair of HELD_OUT are left out."""
+    while True:
+        scene = random_scene(rng, 1)
+        thing, = scene.things
+        pair = [str(a) for a in rng.choice(list(VALUES), 2, replace=False)]
+        first, second = ({a: pick(rng, [v for v in VALUES[a] if v != getattr(thing, a)])}
+                         for a in pair)
+        group = [replace(scene, things=(replace(thing, **changes),))
+                 for changes in ({}, first, second, first | second)]
+        if not any(is_held_out(s) for s in group):
+            break
+    if "size" in pair:
+        group = [lay_out(s, rng) for s in group]
+    return group, attributes_in_caption(scene, rng) | {(0, a) for a in pair}
+
+
 # ------------------------------ pictures
 
 @lru_cache
@@ -394,15 +413,17 @@ class ShapeBatches(Dataset):
             rng = self.rng(k, n)
             new = []
             while not new or clip and len({*new} - {*captions}) < 4:
-                group, named = self.draw_group(rng)
+                group, named = self.draw_group(k, rng)
                 new = [describe(scene, named, rng, FORWARD if clip else 0.5) for scene in group]
             scenes += group
             captions += new
         own = slice(self.rows.start, self.rows.stop) if clip else slice(None)
         return torch.stack([to_tensor(render(s, 64)) for s in scenes[own]]), captions[own]
 
-    def draw_group(self, rng):
+    def draw_group(self, k, rng):
         """(scenes, attributes that their captions name): for clip with three near misses."""
+        if self.stage == "clip" and k < SINGLES and not self.held_out:
+            return crossed(rng)
         scene = training_scene(rng)
         if self.stage != "clip":
             return [scene], attributes_in_caption(scene, rng, FULL)

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from clip_embed import check_ranges, one_line_errors
-from data.shapes import (SHAPES, ShapeBatches, attributes_in_caption, lay_out, near_misses, random_scene)
+from data.shapes import (SHAPES, SINGLES, ShapeBatches, attributes_in_caption, lay_out, near_misses, random_scene)
 
 
 def write_words(group, named, rng):
@@ -40,9 +40,9 @@ class WordBatches(ShapeBatches):
         super().__init__(*args, **options)
         self.words = words
 
-    def draw_group(self, rng):
+    def draw_group(self, k, rng):
         if not self.words or rng.random() >= self.words:
-            return super().draw_group(rng)
+            return super().draw_group(max(k, SINGLES), rng)  # CLIP knows single things
         while True:
             scene = random_scene(rng, 1)
             named = attributes_in_caption(scene, rng)

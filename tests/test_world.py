@@ -81,6 +81,18 @@ def test_almost_alike_things_differ_in_shape_or_colour_alone_and_keep_their_rela
     assert differences.count({"shape"}) + differences.count({"colour"}) == 600 and 250 < differences.count({"shape"}) < 350
 
 
+def test_crossed_scenes_of_one_thing_differ_in_two_attributes_one_by_one_and_both_at_once():
+    rng, pairs, place = np.random.default_rng(0), [], lambda s: (s.things[0].x, s.things[0].y)
+    for _ in range(300):
+        group, named = shapes.crossed(rng)
+        differences = [{a for a in shapes.VALUES if getattr(s.things[0], a) != getattr(group[0].things[0], a)} for s in group]
+        assert differences[0] == set() and differences[3] == differences[1] | differences[2] and list(map(len, differences)) == [0, 1, 1, 2]
+        assert len({shapes.meaning(s, named) for s in group}) == 4 and not any(map(shapes.is_held_out, group))
+        assert len({s.background for s in group}) == 1 and ("size" in differences[3]) != (len(set(map(place, group))) == 1)
+        pairs.append(tuple(sorted(differences[3])))
+    assert len(set(pairs)) == 6 and min(map(pairs.count, pairs)) > 30  # of 300 / 6
+
+
 @pytest.mark.parametrize("forward", [0.0, 0.5, 0.8, 1.0])
 def test_captions_begin_with_the_left_or_upper_thing_as_often_as_asked_and_stay_true(forward):
     """Read by the parser of the captions' score. Without a relation the order says nothing."""
@@ -110,9 +122,12 @@ def test_captions_that_mean_the_same_have_one_meaning():
     assert shapes.meaning(scene(red, blue, "above"), said - {"relation"}) == shapes.meaning(scene(blue, red, "above"), said - {"relation"})
 
 
-def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice():
-    images, captions = shapes.ShapeBatches("clip", 32, 0, None)[0]
+@pytest.mark.parametrize("split, k, two", [("train", 0, False), ("train", shapes.SINGLES - 1, False), ("train", shapes.SINGLES, True),
+                                           ("validation", 0, True)])
+def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice(split, k, two):
+    images, captions = shapes.ShapeBatches("clip", 32, 0, None, split=split)[k]
     assert images.shape == (32, 3, 64, 64) and images.dtype == torch.uint8 and len(set(captions)) == 32
+    assert any(len(parse_caption(caption).things) == 2 for caption in captions) == two
 
 
 def test_batches_depend_on_seed_and_number_alone():
