@@ -8,7 +8,9 @@ Out:  on stdout, three Markdown tables:
           its covariance's eigenvalues, and the share of the variance in the largest ones
         how often a linear probe of z_i names each attribute of a thing that is alone, of the left
           of two things, and of the right one. The probe is ridge regression to one-hot vectors,
-          fitted to four fifths of the scenes and tested on the last fifth
+          fitted to four fifths of the scenes and tested on the last fifth. And of a thing that is
+          alone, by a probe fitted to the five other shapes: does z_i say "large" of a star as it
+          says it of a circle? If not, a text diff from circle to star changes the size too
         how often the cosine of a picture of two things prefers the full caption to a wrong one:
           with the inverse relation, or with one attribute of the two things swapped
 
@@ -51,6 +53,20 @@ def named(z, labels):
     """
     train = len(z) * 4 // 5
     return float((fit_probe(z[:train], labels[:train])(z[train:]) == labels[train:]).double().mean())
+
+
+def carried_over(z, labels, shapes):
+    """How often a linear probe of z (n, d), fitted to all shapes but one, names the labels of that one; the mean over shapes.
+
+    labels, shapes: (n,), integers. Each shape's mean z is taken away first.
+    """
+    centred, shares = z.clone(), []
+    for shape in shapes.unique():
+        centred[shapes == shape] -= z[shapes == shape].mean(0)
+    for shape in shapes.unique():
+        probe = fit_probe(centred[shapes != shape], labels[shapes != shape])
+        shares.append((probe(centred[shapes == shape]) == labels[shapes == shape]).double().mean())
+    return float(torch.stack(shares).mean())
 
 
 def directions(z):
@@ -124,12 +140,16 @@ def main():
         print(f"| directions | participation ratio | {' | '.join(f'variance in the first {k}' for k in counts)} |")
         print("|---" * (2 + len(counts)) + "|")
         print(f"| {len(values)} | {ratio:.1f} | {' | '.join(f'{float(values[:k].sum() / values.sum()):.1%}' for k in counts)} |\n")
-        print("| a linear probe names | alone | the left of two | the right of two | by chance |\n|---|---|---|---|---|")
+        print("| a linear probe names | alone | the left of two | the right of two | alone, of a shape not fitted to | by chance |\n|---|---|---|---|---|---|")
+        shapes = places(VALUES["shape"], [s.things[0].shape for s in one])
         for a, options in VALUES.items():
-            shares = [named(z_one, places(options, [getattr(s.things[0], a) for s in one]))]
+            labels = places(options, [getattr(s.things[0], a) for s in one])
+            shares = [named(z_one, labels)]
             shares += [named(z_two, places(options, [getattr(left_and_right(s)[k], a) for s in two])) for k in range(2)]
-            print(f"| {a} | {' | '.join(f'{share:.1%}' for share in shares)} | {1 / len(options):.1%} |")
-        print(f"| background | {named(z_one, places(BACKGROUNDS, [s.background for s in one])):.1%} | – | – | {1 / len(BACKGROUNDS):.1%} |\n")
+            other = "–" if a == "shape" else f"{carried_over(z_one, labels, shapes):.1%}"
+            print(f"| {a} | {' | '.join(f'{share:.1%}' for share in shares)} | {other} | {1 / len(options):.1%} |")
+        labels = places(BACKGROUNDS, [s.background for s in one])
+        print(f"| background | {named(z_one, labels):.1%} | – | – | {carried_over(z_one, labels, shapes):.1%} | {1 / len(BACKGROUNDS):.1%} |\n")
         pairs = [scene for scene in mixed if len(scene.things) == 2]
         z_pairs = z_mixed[[len(scene.things) == 2 for scene in mixed]]
         print("| two things: the true caption against | preferred | of |\n|---|---|---|")

@@ -38,6 +38,18 @@ def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
     assert abs(linear_probes.named(signs, (signs.prod(1) > 0).long()) - 0.5) < 0.08  # exclusive or
 
 
+
+def test_a_probe_carries_over_to_another_shape_only_if_all_shapes_have_one_code():
+    g = torch.Generator().manual_seed(0)
+    shapes, labels = torch.arange(1200) % 6, torch.randint(2, (1200,), generator=g)
+    z = 0.1 * torch.randn(1200, 16, generator=g) + torch.nn.functional.one_hot(shapes, 16)  # each shape has a place of its own
+    sign = 2.0 * labels - 1
+    assert linear_probes.carried_over(z + sign[:, None] * torch.eye(16)[9], labels, shapes) > 0.99
+    inverted = sign * (1 - 2.0 * (shapes == 3))  # large is written as small, for one shape of six
+    z = z + inverted[:, None] * torch.eye(16)[9]
+    assert linear_probes.named(z, shapes) > 0.99 and abs(linear_probes.carried_over(z, labels, shapes) - 5 / 6) < 0.01
+
+
 def test_the_participation_ratio_counts_directions():
     z = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 3, 3, 0, 0, 0, 0, 0])
     values, ratio = linear_probes.directions(z + 5)
