@@ -6,6 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 
 import caption_accuracy
 import linear_probes
@@ -117,3 +118,16 @@ def test_stages_reads_true_pictures_right_and_others_captions_wrong():
     images = torch.stack([to_tensor(render(scene, 64)) for scene in scenes]).float() / 127.5 - 1
     assert all(right == said == 12 for right, said in stages.cells(images, captions).values())
     assert stages.cells(images, captions[1:] + captions[:1])["all"] == [0, 12]
+
+
+def test_the_sweeps_chart_has_seconds_on_a_logarithmic_axis_and_shares_on_an_even_one():
+    points = {"a": (0.1, 0.9), "b": (0.2, 0.9), "c": (0.4, 0.7), "d": (0.8, 0.8)}  # seconds, share
+    picture = np.asarray(sweep.plot({name: [(seconds, "", share, 0.02)] for name, (seconds, share) in points.items()}))
+    where = {}
+    for name, colour in zip(points, sweep.LINES):
+        y, x = (picture[:-40] == ImageColor.getrgb(colour)).all(-1).nonzero()  # the legend is below
+        where[name] = x.mean(), y.mean()
+    x, y = ({name: place[k] for name, place in where.items()} for k in (0, 1))
+    steps = [x[b] - x[a] for a, b in zip("abc", "bcd")]  # each doubles the seconds
+    assert steps == pytest.approx(3 * [steps[0]], abs=2) and steps[0] > 50
+    assert y["a"] == pytest.approx(y["b"], abs=1) and y["c"] - y["d"] == pytest.approx(y["d"] - y["a"], abs=2) and y["d"] - y["a"] > 50
