@@ -166,8 +166,7 @@ def describe(scene, named, rng, forward=0.5):
     def name(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in named]
-        words += ["thing" if (k, "thing") in named else thing.shape]
-        words += ["that says", thing.word] * ((k, "word") in named)
+        words += [thing.shape] + ["that says", thing.word] * ((k, "word") in named)
         return phrase(*words)
 
     text = name(0)
@@ -242,11 +241,7 @@ def near_misses(scene, named, rng, n=3):
 
 def crossed(rng):
     """(four scenes, attributes that their captions name) of one thing: as it is, with one attribute
-    changed, with another one changed, with both. Scenes with a pair of HELD_OUT are left out.
-
-    Half of the captions that need no shape say "thing". Else a CLIP may write "large" of a circle
-    in another way than "large" of a star, since no caption is true of both.
-    """
+    changed, with another one changed, with both. Scenes with a pair of HELD_OUT are left out."""
     while True:
         scene = random_scene(rng, 1)
         thing, = scene.things
@@ -259,10 +254,7 @@ def crossed(rng):
             break
     if "size" in pair:
         group = [lay_out(s, rng) for s in group]
-    named = attributes_in_caption(scene, rng) | {(0, a) for a in pair}
-    if "shape" not in pair and rng.random() < 0.5:
-        named |= {(0, "thing")}
-    return group, named
+    return group, attributes_in_caption(scene, rng) | {(0, a) for a in pair}
 
 
 # ------------------------------ pictures
