@@ -19,6 +19,7 @@ prints the number of steps that would make them equal. Equal sampling time is me
     python experiments/table2.py --prior runs/equal/prior.pt --ar-prior runs/equal/ar-prior.pt
 """
 
+import copy
 import sys
 import time
 from pathlib import Path
@@ -52,11 +53,10 @@ def training(path, stage, stack):
     one = captions_of(batch, 0)  # as in training: operations grow with the longest caption
     text, null = encode_captions(stack["clip"], stack["tokenizer"], one)
     z_i = embed(stack, true_scenes(one, 0)).to(text["z_t"].device)
-    network = stack[stage].requires_grad_(True)
-    with torch.enable_grad(), torch.autocast(z_i.device.type, stack.dtype, enabled=stack.dtype != torch.float32):
+    network = copy.deepcopy(stack[stage]).float().requires_grad_(True)  # codes are too fine for bfloat16
+    with torch.enable_grad():
         count = operations(lambda: LOSSES[stage](network, z_i, text, null, sample.generators("prior", 0, range(batch)),
                                                  **loss).backward())
-    network.requires_grad_(False).zero_grad()
     return steps, count
 
 

@@ -259,6 +259,7 @@ def test_every_script_writes_its_table_numbers_and_picture(script, given, weight
     files = ["--weights", str(weights), "--json", str(tmp_path / "new/a.json"), "--picture", str(tmp_path / "a.png")]
     monkeypatch.setattr(sys, "argv", [script.__name__, "--n", "2", "--seeds", "2", "--steps", "2", "--device", "cpu", *files,
                                       *(["--guidance", "1", "2"] if script is guidance else []),
+                                      *(["--precision", "bfloat16"] if script is table2 else []),
                                       *([{"caption": "--glide", "z_t": "--z-t"}[given], str(tmp_path / "given.pt")] if given else [])])
     script.main()
     out, kept = capsys.readouterr().out, json.loads((tmp_path / "new/a.json").read_text("utf-8"))
