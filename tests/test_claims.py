@@ -315,9 +315,10 @@ def test_words_are_written_across_a_share_of_large_single_things_and_often_alone
     assert 0.4 < len(says) / len(worded) < 0.9
     for scene, caption in zip(drawn, captions):
         assert "that says" not in caption or f"{scene.things[0].shape} that says {scene.things[0].word}" in caption
-    plain = shapes.ShapeBatches("clip", 16, 0, None)[0]
-    assert not any("that says" in caption for caption in plain[1])
-    assert train_words.WordBatches("clip", 16, 0, None, words=0)[0][1] == plain[1]
+    first, later = (shapes.ShapeBatches("clip", 16, 0, None)[k][1] for k in (0, shapes.SINGLES))
+    assert not any("that says" in caption for caption in first + later)
+    plain = train_words.WordBatches("clip", 16, 0, None, words=0)
+    assert plain[shapes.SINGLES][1] == later and plain[0][1] != first  # the CLIP that it begins with knows single things
 
 
 def train_by(script, monkeypatch, *arguments):
