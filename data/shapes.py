@@ -358,7 +358,7 @@ class ShapeBatches(Dataset):
     """Rows of batch k of a stage's training: those of process `rank` of `world`.
 
     clip, decoder: images (b, 3, 64, 64) uint8 and captions. For clip each scene stands beside three
-    near misses, and no caption comes twice, since a duplicate would be a false negative. Priors:
+    near misses (at first `crossed`), and no caption comes twice: a false negative. Priors:
     numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by
     upsample.training_crops.
     split: "train" or "validation".
@@ -421,7 +421,7 @@ class ShapeBatches(Dataset):
         return torch.stack([to_tensor(render(s, 64)) for s in scenes[own]]), captions[own]
 
     def draw_group(self, k, rng):
-        """(scenes, attributes that their captions name): for clip with three near misses."""
+        """(scenes, attributes that their captions name) of batch k: for clip a group of four."""
         if self.stage == "clip" and k < SINGLES and not self.held_out:
             return crossed(rng)
         scene = training_scene(rng)
