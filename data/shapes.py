@@ -202,6 +202,11 @@ def swapped(scene, attribute):
     return replace(scene, things=things)
 
 
+def another(thing, attribute, rng):
+    """A value of an attribute that a thing does not have."""
+    return pick(rng, [v for v in VALUES[attribute] if v != getattr(thing, attribute)])
+
+
 def near_misses(scene, named, rng, n=3):
     """n scenes that differ from this one, and from one another, in one thing that is named.
 
@@ -230,8 +235,7 @@ def near_misses(scene, named, rng, n=3):
             values = [v for v in BACKGROUNDS if v != scene.background]
             other = replace(scene, background=pick(rng, values))
         else:
-            values = [v for v in VALUES[kind] if v != getattr(things[k], kind)]
-            new = replace(things[k], **{kind: pick(rng, values)})
+            new = replace(things[k], **{kind: another(things[k], kind, rng)})
             other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
         known = [meaning(s, named) for s in group]
         if not is_held_out(other) and meaning(other, named) not in known:
@@ -246,8 +250,7 @@ def crossed(rng):
         scene = random_scene(rng, 1)
         thing, = scene.things
         pair = [str(a) for a in rng.choice(list(VALUES), 2, replace=False)]
-        first, second = ({a: pick(rng, [v for v in VALUES[a] if v != getattr(thing, a)])}
-                         for a in pair)
+        first, second = ({a: another(thing, a, rng)} for a in pair)
         group = [replace(scene, things=(replace(thing, **changes),))
                  for changes in ({}, first, second, first | second)]
         if not any(is_held_out(s) for s in group):
@@ -358,7 +361,7 @@ class ShapeBatches(Dataset):
     """Rows of batch k of a stage's training: those of process `rank` of `world`.
 
     clip, decoder: images (b, 3, 64, 64) uint8 and captions. For clip each scene stands beside three
-    near misses (at first `crossed`), and no caption comes twice: a false negative. Priors:
+    near misses (at first `crossed`), and no caption comes twice: it would be wrong once. Priors:
     numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by
     upsample.training_crops.
     split: "train" or "validation".
