@@ -24,6 +24,8 @@ VARIANTS = {  # (changes of the config, changes of the loss's options)
     "paper": ({}, {"time_power": 1.0, "drop_z_i": 0.1, "drop_caption": 0.5}),
     "own-text": ({"text_layers": 2, "text_heads": 2, "text_context": 77}, {}),
     "wide": ({"multiples": (1, 2, 3)}, {}),
+    "narrow": ({"channels": 32, "multiples": (1, 4, 4)}, {}),  # less at 32×32, more at 8×8
+    "patch-4": ({"patch_size": 4, "channels": 128, "depth": 2, "multiples": (1, 1)}, {}),  # no level of 32×32
 }
 
 
