@@ -11,8 +11,8 @@ Both towers are frozen while prior and decoder train. CLIP's own objective (cont
 each caption to its picture and each picture to its caption, by cross-entropy over the rows and the
 columns of the B × B matrix of cosines, divided by a learned temperature.
 
-Not in the papers: position embeddings start from sines and cosines; the toy's patches also pass
-through convolutions; a batch holds near misses and no caption twice (data/shapes.py); no SAM.
+Unlike the papers: position embeddings start from sines and cosines; in `shapes` and `laptop`
+patches also pass through convolutions; batches hold near misses and no caption twice; no SAM.
 
     python clip_embed.py picture.png "a red circle" "a blue star"
     python clip_embed.py --clip ViT-B-32.pt pictures/*.jpg "a photo of a dog" "a photo of a cat"
@@ -23,6 +23,7 @@ import contextlib
 import html
 import io
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -107,7 +108,7 @@ def learn_bpe(captions, most=1000):
 class Tokenizer:
     """CLIP's byte-level BPE: any text → (B, context_length) token numbers (§2; CLIP paper §2.4).
 
-    The vocabulary: 256 bytes, 256 bytes at a word's end, one entry a merge, start and end. `pad`
+    The vocabulary: 256 bytes, 256 bytes at a word's end, one entry per merge, start and end. `pad`
     fills a row after its end token: 0 in OpenAI's code, often the end token in Hugging Face's.
     """
 
@@ -119,7 +120,7 @@ class Tokenizer:
         vocab += ["".join(m) for m in self.merges] + [START, END]
         self.ids = {token: n for n, token in enumerate(vocab)}
         self.start, self.end, self.pad = self.ids[START], self.ids[END], pad
-        self.tokens, self.context_length, self.told_of_cuts = vocab, context_length, False
+        self.tokens, self.context_length, self.warned = vocab, context_length, False
         self.known = {START: [self.start], END: [self.end]}  # text may spell them (OpenAI)
 
     def __len__(self):
@@ -143,7 +144,7 @@ class Tokenizer:
         return [token for word in split_words(clean(text)) for token in self.encode_word(word)]
 
     def decode(self, ids):
-        """The text of token numbers, without start, end and padding."""
+        """The text of token numbers without padding; start and end are left out."""
         byte = {c: b for b, c in bytes_to_unicode().items()}
         raw = b""
         for i in ids:
@@ -154,20 +155,20 @@ class Tokenizer:
     def __call__(self, texts):
         """Captions → (B, context_length) int64, longer ones cut."""
         ids = [self.encode(text) for text in texts]
-        self.tell_of_cuts([len(row) + 2 for row in ids])
+        self.warn_of_cuts([len(row) + 2 for row in ids])
         out = torch.full((len(texts), self.context_length), self.pad)
         for row, tokens in zip(out, ids):
             tokens = [self.start, *tokens[:self.context_length - 2], self.end]
             row[:len(tokens)] = torch.tensor(tokens)
         return out
 
-    def tell_of_cuts(self, lengths):
-        """Say, the first time only, how many captions of these lengths will be cut."""
+    def warn_of_cuts(self, lengths):
+        """Warn, the first time only, how many captions of these lengths will be cut."""
         cut = sum(length > self.context_length for length in lengths)
-        if cut and not self.told_of_cuts:
+        if cut and not self.warned:
             print(f"{cut} of {len(lengths)} captions have more than {self.context_length - 2} "
                   "tokens and are cut (said once)", file=sys.stderr)
-            self.told_of_cuts = True
+            self.warned = True
 
     def mask(self, ids):
         """(B, L) bool: True up to and with each caption's first end token, False on padding."""
@@ -272,9 +273,9 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def conv_stem(width, patch_size):
-    """(B, 3, H, W) → (B, width, H/patch_size, W/patch_size): two 3×3 convolutions a halving.
+    """(B, 3, H, W) → (B, width, H/patch_size, W/patch_size): two 3×3 convolutions per halving.
 
-    Not in the paper (Xiao et al. 2021). The toy needs a sixth of the training steps with it.
+    Not in the paper, after Xiao et al. 2021: `shapes` needs a sixth of the training steps with it.
     """
     layers, channels = [], 3
     while patch_size > 1:
@@ -334,7 +335,7 @@ class CLIP(nn.Module):
         """z_i (B, d) of CLIP-normalized pixels (B, 3, image_size, image_size). Raises UserError."""
         if not self.visual:
             raise UserError("this CLIP reads no pictures: it has no image tower")
-        return self.outward(self.visual(pixels))
+        return self.normalize(self.visual(pixels))
 
     def encode_text(self, ids):
         """(states (B, L, text_width) after the last LayerNorm, z_t (B, d)) of ids (B, L).
@@ -344,9 +345,9 @@ class CLIP(nn.Module):
         x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
         states = self.ln_final(self.transformer["resblocks"](x))
         at_end = states[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
-        return states, self.outward(at_end @ self.text_projection)
+        return states, self.normalize(at_end @ self.text_projection)
 
-    def outward(self, z):
+    def normalize(self, z):
         """An embedding for the later stages: float32 and, unless it is Karlo's, unit-norm."""
         return F.normalize(z.float(), dim=-1) if self.config.unit_norm else z.float()
 
@@ -355,8 +356,8 @@ def contrastive_loss(z_i, z_t, logit_scale, group=None, highest=100.0):
     """Symmetric cross-entropy over rows and columns of the scaled cosines (§2; CLIP paper, fig. 3).
 
     z_i, z_t (B, d) unit-norm, row k of z_i belonging to row k of z_t. logit_scale: log of the
-    inverse temperature, at most log `highest` (100 in the CLIP paper). group, not in the paper:
-    compare each row only with the rows of its own group, so many in succession.
+    inverse temperature, at most log `highest` (100 in the CLIP paper). group (not in the paper):
+    compare each row only within its group of `group` successive rows.
     """
     scale = logit_scale.clamp(max=math.log(highest)).exp()
     with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 rounds logits near 100 to 0.5
@@ -373,9 +374,9 @@ def encode_captions(clip, tokenizer, captions):
     Both are {"tokens" (B, L), "states" (B, L, text_width), "z_t" (B, d), "mask" (B, L)}, mask
     True on real tokens, L the longest caption's length. null has one row.
     """
-    tokens = tokenizer([*captions, ""]).to(clip.logit_scale.device)
-    mask = tokenizer.mask(tokens)
-    tokens, mask = (part[:, :mask.sum(1).max()] for part in (tokens, mask))
+    tokens = tokenizer([*captions, ""])
+    mask, device = tokenizer.mask(tokens), clip.logit_scale.device
+    tokens, mask = (part[:, :mask.sum(1).max()].to(device) for part in (tokens, mask))
     states, z_t = clip.encode_text(tokens)
     text = {"tokens": tokens, "states": states.float(), "z_t": z_t, "mask": mask}
     return {k: v[:-1] for k, v in text.items()}, {k: v[-1:] for k, v in text.items()}
@@ -437,7 +438,7 @@ def preprocess(images, size):
     """Square tensors (B, 3, H, H) in [-1, 1] → CLIP's input: bicubic to `size`, normalized."""
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = torch.tensor([MEAN, STD], device=images.device)[..., None, None]
     return ((images + 1) / 2 - mean) / std
 
 
@@ -518,7 +519,7 @@ def main():
     with ce.one_line_errors(), torch.no_grad():
         device = ce.pick_device(args.device)
         known = Image.registered_extensions()
-        paths = [p for p in args.inputs if Path(p).suffix.lower() in known or Path(p).is_file()]
+        paths = [p for p in args.inputs if Path(p).suffix.lower() in known or os.path.isfile(p)]
         captions = [c for c in args.inputs if c not in paths]
         if not paths or not captions:
             raise ce.UserError("give at least one picture and one caption, as in: "
@@ -528,7 +529,7 @@ def main():
         z_t = encode_captions(clip, tokenizer, captions)[0]["z_t"]
         for path in paths:
             z_i = encode_pictures(clip, to_square(ce.open_picture(path), clip.config.image_size))
-            cosine = (z_i @ z_t.T)[0]
+            cosine = F.cosine_similarity(z_i, z_t)
             share = (clip.logit_scale.exp() * cosine).softmax(0)
             print(path, "  cosine  softmax", sep="\n")
             for k in cosine.argsort(descending=True).tolist():

@@ -9,7 +9,7 @@ added to the timestep embedding too. The network predicts the noise ε and each 
 (Improved DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped
 10% of the time and the caption 50%, for guidance: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
 
-Sampling is ancestral, or DDIM, which run backwards gives x_T: a picture's code is (z_i, x_T) (§3).
+Sampling is ancestral or by DDIM. DDIM run backwards gives x_T: (z_i, x_T) is a picture's code (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
 The small `shapes` network folds pixels into channels (`patch_size`), is given their `coordinates`,
 and predicts a velocity (eps_from_velocity).
@@ -45,12 +45,12 @@ class DecoderConfig:
     scale_shift: bool = True         # ADM's blocks; False: the timestep embedding is only added
     prediction: str = "eps"          # or "velocity" (eps_from_velocity)
     top_signal: float = 0.015        # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
-    guidance: float = 2.0            # of sampling (Karlo: 8)
+    guidance: float = 2.0            # of sampling (table 2: 1.25; Karlo: 8)
     steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
     ladder_power: float = 1.0        # their spacing (ladder)
     candidates: int = 1              # sample.py draws so many at most, and keeps the best
     enough: float = 1.2              # it stops at a sample.surprise below this
-    float32: bool = False            # of ᾱ in sampling (Karlo)
+    float32: bool = False            # ᾱ rounded in sampling (Karlo)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
     z_i_tokens: int = 4              # context tokens of z_i
@@ -70,7 +70,7 @@ PRESETS = {
         text_layers=0, text_width=128),
     "laptop": DecoderConfig(channels=128, depth=2, embed_dim=512, clip_text_width=512,
                             text_layers=6, text_width=512, text_heads=8, text_context=77),
-    "paper": DecoderConfig(steps=250),
+    "paper": DecoderConfig(guidance=1.25, steps=250),
 }
 
 
@@ -83,8 +83,8 @@ def cosine_schedule(T=1000):
 
 
 def at(values, t, x):
-    """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
+    """values[..., t] as float32, shaped to multiply x: t (B,) → (…, B, 1, 1, …)."""
+    return values.float().to(t.device)[..., t].unflatten(-1, (-1, *[1] * (x.ndim - 1)))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
@@ -200,7 +200,7 @@ class AttentionBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The caption's own bidirectional transformer (§2.1; GLIDE, but padding is masked)."""
+    """The caption's own bidirectional transformer (§2.1; GLIDE; padding masked, torch's layers)."""
 
     def __init__(self, config):
         super().__init__()
@@ -308,7 +308,7 @@ class Decoder(nn.Module):
             return h
 
         h = F.pixel_unshuffle(x_t, c.patch_size)
-        if c.coordinates:  # deep networks infer places from padding
+        if c.coordinates:  # shallow, it can't infer them from padding
             lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
             places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
             h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)
@@ -353,8 +353,8 @@ def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
     beta_tilde = beta_tilde.clamp(min=float(beta_tilde[1]))
     signal, noise = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-    from_x_0, from_x_t, beta, beta_tilde, signal, noise = (at(values, t, x_0) for values in (
-        from_x_0, from_x_t, 1 - alphas_cumprod / before, beta_tilde, signal, noise))
+    from_x_0, from_x_t, beta, beta_tilde, signal, noise = at(torch.stack([
+        from_x_0, from_x_t, 1 - alphas_cumprod / before, beta_tilde, signal, noise]), t, x_0)
     log_variance = learned_log_variance(v, beta, beta_tilde)
     estimate = ((x_t - noise * eps) / signal).clamp(-1, 1)
     true_mean, mean = (from_x_0 * x + from_x_t * x_t for x in (x_0, estimate))
@@ -378,12 +378,12 @@ def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_cap
     """L_simple + 0.001 L_vlb, both conditions dropped at random (§2.1; Improved DDPM eq. 16).
 
     x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty one, generators:
-    one torch.Generator a row. L_vlb trains v alone; one of its T terms is drawn, times T.
+    one torch.Generator a row. L_vlb reaches v, not ε; one of its T terms is drawn, times T.
     t = T u^time_power, u uniform: 1 is the paper's; below 1 high t come more often.
     """
     alphas_cumprod, T, device = cosine_schedule(), 1000, x_0.device
     u = torch.stack([torch.rand((), generator=g) for g in generators])
-    t = (T * u ** time_power).long().to(device)
+    t = (T * u ** time_power).long().clamp(max=T - 1).to(device)  # u ** 0.5 may be 1
     noise = randn(generators, x_0.shape, device)
     dice = torch.stack([torch.rand(2, generator=g) for g in generators]).to(device)
     x_t = q_sample(x_0, t, noise, alphas_cumprod)
@@ -480,9 +480,9 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     """x_T (B, 3, H, W), from which DDIM with η = 0, unguided, unclamped, decodes x_0 (§3).
 
     generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
-    (five of 255 shades), x_t ~ q(x_t|x_0) on the lowest rung. Started at x_0, where the network
-    predicts no noise, it ends with under a tenth of noise's variance. A step s → t needs ε at x_t,
-    still unknown (DDIM eq. 14): the last ε gives a guess of x_t, ε at the guess gives x_t.
+    (five of 255 shades), x_t ~ q(x_t|x_0) on the lowest rung. Else the network predicts almost none
+    there, and x_T has under a tenth of noise's variance. A step s → t needs ε at x_t, still unknown
+    (DDIM eq. 13): the last ε gives a guess of x_t, ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
@@ -502,10 +502,10 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Take a picture apart into (z_i, x_T) and put it together again: a strip of "
-        "picture, reconstruction, and three decodings of z_i from fresh noise (§3).")
+        description="A picture → (z_i, x_T) → picture: a strip of both and three decodings of "
+        "z_i from fresh noise (§3).")
     here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
-    add("picture", help="any picture; cropped to a square")
+    add("picture", help="any; cropped to a square")
     add("--caption", default="", help="of the picture")
     add("--weights", type=Path, default=here, help="with clip.pt, decoder.pt")
     add("--steps", type=int, default=50, help="each way")
@@ -532,8 +532,8 @@ def main():
         x_T = invert(model, x_0, z_i, text, three[:1], args.steps, bar=True)
         again = sample(model, z_i, text, null, None, guidance_scale=1, steps=args.steps, eta=0,
                        x_T=x_T, clamp=False, bar=True)
-        thrice = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
-        fresh = sample(model, z_i.repeat(3, 1), thrice, null, three, steps=args.steps, bar=True)
+        text = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
+        fresh = sample(model, z_i.repeat(3, 1), text, null, three, steps=args.steps, bar=True)
         ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)
         print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; "
               f"reconstruction {ce.psnr(x_0, again):.1f} dB; {args.out}")

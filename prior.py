@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 @dataclass
 class PriorConfig:
-    """Sizes of the diffusion prior (table 3)."""
+    """Sizes of the diffusion prior, and how it is sampled (table 3)."""
     embed_dim: int = 1024          # d of z_i and z_t
     clip_text_width: int = 1024    # width of CLIP's text states
-    text_context: int = 256
+    text_context: int = 256        # CLIP's tokenizer gives 77 at most
     width: int = 2048
     layers: int = 24
     heads: int = 32
@@ -70,8 +70,8 @@ def cosine_schedule(T=1000):
 
 
 def at(values, t, x):
-    """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
+    """values[..., t] as float32, shaped to multiply x: t (B,) → (…, B, 1, 1, …)."""
+    return values.float().to(t.device)[..., t].unflatten(-1, (-1, *[1] * (x.ndim - 1)))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
@@ -204,7 +204,7 @@ def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
 
     z_i (B, d) unit-norm; text of B captions, null of the empty one; generators: one torch.Generator
     a row. Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of
-    caption and z_t, so four draws cost little more than one.
+    caption and z_t, so for `shapes` four draws cost half as much again as one.
     """
     alphas_cumprod, cache, total = cosine_schedule(), [], 0
     drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < drop_caption
@@ -262,7 +262,7 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
            variance="analytic", bar=False):
     """z_i (B, d) for B captions: unit-norm, or of CLIP's norm (unit_norm False) (§2.2, table 3).
 
-    Draws `candidates` a caption and keeps the one with the largest dot product with z_t.
+    Draws `candidates` per caption and keeps the one with the largest dot product with z_t.
     generators: one torch.Generator a caption. guidance_scale, steps: None for the config's. Each
     step draws x_s from q(x_s|x_t, x̂_0), which divides by no √ᾱ_t: so the first t can be 999.
     variance: "fixed-small" is β̃. "analytic" is the best variance that all coordinates share:
@@ -297,8 +297,8 @@ class ARConfig:
     """Sizes of the autoregressive prior (table 3, latent decoder)."""
     embed_dim: int = 1024
     clip_text_width: int = 1024
-    components: int = 319          # codes a z_i; fit_codes finds their number
-    buckets: int = 1024            # values a code
+    components: int = 319          # codes per z_i; fit_codes finds their number
+    buckets: int = 1024            # values per code
     width: int = 1664
     layers: int = 24
     heads: int = 26
@@ -328,7 +328,7 @@ def pca(batches):
         scatter = scatter + centred.T @ centred + n * share * torch.outer(off, off)
         n, mean = n + len(z), mean + share * off
     if n < (d := len(mean)):
-        raise ValueError(f"PCA: {n} embeddings cannot give {d} components; as many are needed")
+        raise ValueError(f"PCA: {n} embeddings cannot give {d} components: {d} are needed")
     spread = scatter.diagonal()
     constant = (spread <= 1e-12 * spread.max()).nonzero().flatten().tolist()
     if constant:
@@ -341,7 +341,7 @@ def quantile_buckets(values, buckets):
     """Edges (…, buckets − 1) and centres (…, buckets) of equally full buckets of values (…, n).
 
     Not in the paper, which names no kind of bucket (§2.2). A code is then a rank, with one meaning
-    in all components. Of 1024 equally wide buckets most would cover the tails and be empty.
+    in all components. Of 1024 equally wide buckets over one range, three of four would be empty.
     """
     values, n = values.sort().values, values.shape[-1]
     shares = torch.arange(1, 2 * buckets, device=values.device) / (2 * buckets)
@@ -383,7 +383,7 @@ class ARPrior(nn.Module):
 
     Not in the paper: each block's keys and values begin with the caption's, made from CLIP's
     states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
-    319 codes. CLIP's text tower is the text encoder: with another, table 3's 1B would become 2.0B.
+    319 codes. CLIP's text tower is the text encoder: one of table 3's size makes 2.2B of its 1B.
     Buckets are ordered, so their vectors, which the logits use too, start from cosines of their
     rank; each place scales them in its own way.
     """
@@ -483,7 +483,7 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
                         guidance_scale)
         cdf = (logits / temperature).softmax(1).cumsum(1)
         drawn = uniform[:, k + 1:k + 2] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, drawn).clamp(max=buckets - 1)
+        token = torch.searchsorted(cdf, drawn)
         codes.append(token)
     return torch.cat(codes, 1)
 

@@ -92,8 +92,8 @@ RESIDUAL = 0.05  # deviation of x_0 − condition in the world of shapes
 
 
 def at(values, t, x):
-    """values[t] as float32, shaped to multiply x: t (B,) → (B, 1, 1, …)."""
-    return values.float().to(t.device)[t].view(-1, *[1] * (x.ndim - 1))
+    """values[..., t] as float32, shaped to multiply x: t (B,) → (…, B, 1, 1, …)."""
+    return values.float().to(t.device)[..., t].unflatten(-1, (-1, *[1] * (x.ndim - 1)))
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):

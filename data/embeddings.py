@@ -122,7 +122,7 @@ def write_embeddings(frozen, data, folder, workers):
     """Write what load_embeddings reads: z_i of a folder's Pictures, and texts of its captions."""
     c, captions = frozen.clip.config, [*data.captions, ""]
     lengths = [len(frozen.tokenizer.encode(caption)) + 2 for caption in captions]
-    frozen.tokenizer.tell_of_cuts(lengths[:-1])
+    frozen.tokenizer.warn_of_cuts(lengths[:-1])
     lengths = [min(length, c.context_length) for length in lengths]
     n, rows = len(captions), sum(lengths)
     shapes = (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (rows,)),

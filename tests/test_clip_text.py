@@ -57,6 +57,14 @@ def test_captions_over_75_tokens_are_cut_and_said_once_with_their_number(tokeniz
     assert capsys.readouterr().err == "2 of 4 captions have more than 75 tokens and are cut (said once)\n"
 
 
+def test_a_caption_too_long_for_a_file_name_is_a_caption(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    caption = "a large red circle on white " * 20
+    monkeypatch.setattr("sys.argv", ["clip_embed.py", str(tmp_path / "p.png"), caption, "--device", "cpu"])
+    clip_embed.main()
+    assert caption in capsys.readouterr().out
+
+
 def test_both_ways_in_for_pictures_agree():
     picture = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1

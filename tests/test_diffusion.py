@@ -339,6 +339,17 @@ def test_the_bound_trains_only_the_variance_and_weighs_a_thousandth_of_all_its_t
     assert torch.autograd.grad(loss, v)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0, 2.0])
+def test_no_timestep_lies_past_the_last(power, monkeypatch):
+    """The largest number that torch draws is 1 − 2⁻²⁴. Its square root is 1 in float32."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator=None: torch.full(() if shape == ((),) else shape, 1 - 2 ** -24))
+    eps, v, seen = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5), []
+    model = lambda x, t, z_i, text: (seen.append(t), (eps, v))[1]
+    model.config = SimpleNamespace(prediction="eps")
+    assert decoder.decoder_loss(model, eps, torch.zeros(2, 4), no_text(2), no_text(1), generators(2), time_power=power).isfinite()
+    assert seen[0].tolist() == [999, 999]
+
+
 def test_z_i_is_dropped_a_tenth_and_the_caption_half_of_the_time_independently():
     seen, n = {}, 20_000
 
