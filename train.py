@@ -4,11 +4,11 @@ In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or 
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
 Each stage's file defines its loss. This file has the recipes, each loss's inputs, and one loop for
-all: AdamW and a running average of the weights (EMA).
+all: AdamW and an exponential moving average of weights (EMA).
 The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
 
-Row n of step k draws its scene, caption, timestep and noise from random numbers seeded by
-(--seed, k, n) alone. So `--resume` is exact. Processes and pieces of a batch change only dropout.
+Row n of step k draws its scene, caption, timestep and noise from (--seed, k, n). So `--resume` with
+the same options is exact (on a CPU, bit for bit). Processes and pieces change only dropout.
 
     python train.py all --preset shapes
     python train.py all --preset laptop --dry-run    # memory and hours
@@ -42,7 +42,7 @@ import clip_embed
 import decoder
 import prior
 import upsample
-from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_floats, to_tensor
+from clip_embed import UserError, check_ranges, one_line_errors, to_floats, to_tensor
 from data import shapes
 from data.charts import write_report
 from data.embeddings import FrozenCLIP, embed_folder, embed_scenes
@@ -57,13 +57,13 @@ from weights.checkpoints import (export, fingerprint, load_model, read_checkpoin
 from weights.stack import PRECISIONS, keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
-EXPLODED = 1000  # a loss so many times the last row's mean stops the training
+EXPLODED = 1000  # a loss so many times the last row's mean stops the run
 
 
 @dataclass
 class Recipe:
     """How a stage is trained (appendix C, table 3): AdamW with β1 = 0.9."""
-    batch_size: int            # of all processes together
+    batch_size: int            # of all processes
     steps: int
     learning_rate: float
     weight_decay: float = 0.0
@@ -71,10 +71,10 @@ class Recipe:
     eps: float = 1e-8
     ema_decay: float = 0.9999
     warmup: int = 500          # steps in which the learning rate rises
-    at_once: int = 1 << 20     # rows a piece (gradient accumulation); not for clip
+    at_once: int = 1 << 20     # rows of a micro-batch; not for clip
     recompute: bool = False    # clip: gradient checkpointing of each block
     loss: dict = field(default_factory=dict)  # options of the stage's loss function
-    near: tuple = (0.0, 0.0)   # clip: the part of the run that compares near misses alone
+    near: tuple = (0.0, 0.0)   # clip: the part with hard negatives (near misses) alone
     scale: float = 100.0       # clip: upper limit of the inverse temperature
 
 
@@ -132,6 +132,7 @@ def clip_batch_loss(model, batch, context, generators):
     nearly all of z_i's variance.
     """
     images, captions = batch
+    model.logit_scale.data.clamp_(max=math.log(context.recipe.scale))  # above: no gradient
     text, _ = clip_embed.encode_captions(model, context.tokenizer, captions)
     z_i, z_t = gather_rows(clip_embed.encode_pictures(model, images)), gather_rows(text["z_t"])
     group = 4 if context.alone else None  # a scene and its three near misses
@@ -140,9 +141,8 @@ def clip_batch_loss(model, batch, context, generators):
 
 def prior_batch_loss(model, batch, context, generators, loss=prior.prior_loss):
     """A prior's loss of a batch of (numbers of pictures, captions) (§2.2)."""
-    numbers, captions = batch
-    text, null = context.frozen.encode_texts(captions)
-    z_i = context.frozen.z_i_of(numbers)
+    z_i = context.frozen.z_i_of(batch[0])
+    text, null = context.frozen.encode_texts(batch[1])
     return loss(model, z_i, text, null, generators, **context.recipe.loss)
 
 
@@ -169,8 +169,7 @@ def z_i_of_batch(batch, text, context):
 
 def upsampler_batch_loss(model, batch, context, generators):
     """An upsampler's loss of a batch of (high, low) crops (§2.1)."""
-    high, low = batch
-    return upsample.upsampler_loss(model, high, low, generators, **context.recipe.loss)
+    return upsample.upsampler_loss(model, *batch, generators, **context.recipe.loss)
 
 
 def learning_rate(step, recipe):
@@ -187,7 +186,7 @@ def update_ema(ema, model, step, decay):
 
 
 def row_generators(seed, step, rows, held_out=False):
-    """A torch.Generator a row, of seed, step, row and split (odd: ShapeBatches.rng has even)."""
+    """A torch.Generator for each row, seeded by seed, step, row and split (odd; scenes: even)."""
     return [seeded(seed, step, row, 2 * held_out + 1) for row in rows]
 
 
@@ -222,8 +221,8 @@ def add_gradients(loss, batch, step, context, held_out=False):
             value = value * ((last - first) / count)
             if value.requires_grad:
                 value.backward()
-        total += value.item()
-    return total
+        total = total + value.detach()
+    return float(total)
 
 
 def to_device(batch, device):
@@ -261,7 +260,7 @@ def train(stage, args, device):
     path = args.out / f"{stage}.pt"
     run = begin(stage, args, device, path)
     context, recipe, began, first = run.context, run.context.recipe, time.perf_counter(), run.step
-    held_out = [run.batches("validation")[k] for k in range(VALIDATION)]
+    held_out = list(map(run.batches("validation").__getitem__, range(VALIDATION)))
     loader = DataLoader(run.batches("train"), batch_size=None, num_workers=args.workers,
                         sampler=range(run.step, recipe.steps), worker_init_fn=ignore_stops,
                         prefetch_factor=4 if args.workers else None)
@@ -293,7 +292,7 @@ def train(stage, args, device):
                 report(run, batch, path)
             if stop:
                 raise KeyboardInterrupt(f"{stage}: stopped after step {run.step}, saved in "
-                                        f"{path}; go on with --resume")
+                                        f"{path}; go on with --resume and the same options")
 
 
 def begin(stage, args, device, path):
@@ -304,10 +303,10 @@ def begin(stage, args, device, path):
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere by --out")
     run = build(stage, prepare(stage, args, device))
     saved, context = read_checkpoint(path, stage), run.context
-    state = training_state(saved, context.config, context.extra | {"seed": args.seed}, path,
-                           args.steps)
+    settings = {"seed": args.seed, "batch size": context.recipe.batch_size}
+    state = training_state(saved, context.config, context.extra | settings, path, args.steps)
     run.model.load_state_dict(state["model"])
-    run.ema.load_state_dict(saved["model"])  # the averaged weights are what others load
+    run.ema.load_state_dict(saved["model"])  # averaged: what others load
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.rows, run.recent = state["step"], state["rows"], state["recent"]
     return run
@@ -402,9 +401,10 @@ def prepare(stage, args, device):
 
 
 def prepare_clip(context, args):
-    """A tokenizer, merges learned from up to 2,000 captions, and a config."""
+    """A tokenizer and a config; merges of --init, or learned from up to 2,000 captions."""
     captions = args.data.captions if args.data else shapes.corpus()
-    merges = clip_embed.learn_bpe(captions[::math.ceil(len(captions) / 2000)])
+    merges = (clip_embed.load_clip(args.init)[1].merges if args.init and not args.dry_run else
+              clip_embed.learn_bpe(captions[::math.ceil(len(captions) / 2000)]))
     context.tokenizer = clip_embed.Tokenizer(merges)
     context.config = replace(clip_embed.PRESETS[args.preset], vocab_size=len(context.tokenizer))
     context.extra["merges"] = [" ".join(pair) for pair in merges]
@@ -573,8 +573,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Train unCLIP on the built-in world of shapes, or on --data. Priors and "
         "decoder need the CLIP of --out, or --clip.",
-        epilog="A stopped run goes on with --resume. Several GPUs: torchrun --nproc-per-node N "
-        "train.py …")
+        epilog="--resume continues a run. Several GPUs: torchrun --nproc-per-node N train.py …")
     add = parser.add_argument
     add("stage", choices=["all", *STAGES, "export"], help="one stage; all in order; or export: "
         "copy a finished run in half precision from --out runs/NAME to weights/NAME")
@@ -582,9 +581,9 @@ def parse_arguments():
         "for CPUs; laptop: a laptop's GPU; paper: table 3)")
     add("--data", metavar="FOLDER", help="train on these pictures (docs/training.md)")
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
-    add("--clip", metavar="PATH", help="the CLIP to train on, anyone's")
+    add("--clip", metavar="PATH", help="use this CLIP, frozen")
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-    add("--steps", type=int, help="in all (default of the three: the recipe's)")
+    add("--steps", type=int, help="total (default of the three: the recipe's)")
     add("--batch-size", type=int, help="of all processes together")
     add("--learning-rate", type=float, help="its peak")
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "
@@ -611,7 +610,7 @@ def parse_arguments():
 def main():
     with one_line_errors():
         args = parse_arguments()
-        device = join_processes(pick_device(args.device))
+        device = join_processes(args.device)
         keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # sizes stay: find the fastest kernels
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]

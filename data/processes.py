@@ -16,16 +16,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 
-from clip_embed import UserError
+from clip_embed import UserError, pick_device
 
 
-def join_processes(device):
-    """Join torchrun's other processes, if there are any; returns this process's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def join_processes(name):
+    """Join torchrun's other processes, if there are any; this process's device. Raises UserError.
+
+    name: "auto", or torch's name of a device.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():  # before CUDA's first use, or all begin on GPU 0
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = pick_device(name)
+    if world == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
     # a day: the others wait while the first one prepares
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device

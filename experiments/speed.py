@@ -92,7 +92,7 @@ def one_image(stage, model, batch, context, pictures):
 def prepare(stage, args, device):
     """The Context of a stage's training, with an untrained CLIP if the stage needs one."""
     args.out, args.seed, args.workers, args.given = Path(args.folder), 0, 0, "z_i"
-    args.steps = args.learning_rate = args.data = args.clip = args.bpe = None
+    args.steps = args.learning_rate = args.data = args.clip = args.bpe = args.init = None
     args.dry_run = True
     return train.prepare(stage, args, device)
 

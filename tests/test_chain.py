@@ -120,6 +120,18 @@ def test_init_starts_from_a_checkpoints_weights(tiny):
         train.train("upsample-1024", argparse.Namespace(**vars(tiny) | {"init": resaved(tiny.init, stage="upsample-1024")}), torch.device("cpu"))
 
 
+def test_a_clip_that_starts_from_another_keeps_its_words(tiny, tmp_path, monkeypatch):
+    """Merges learned from other captions would number other words by the same numbers."""
+    monkeypatch.setattr(shapes, "corpus", lambda: ["a red circle", "a red star"] * 3)
+    clip = argparse.Namespace(**vars(tiny) | {"steps": 1})
+    train.train("clip", clip, torch.device("cpu"))
+    monkeypatch.setattr(shapes, "corpus", lambda: ["green hearts", "blue hearts", "green crosses"] * 3)
+    other = argparse.Namespace(**vars(clip) | {"out": tmp_path / "other", "init": clip.out / "clip.pt"})
+    train.train("clip", other, torch.device("cpu"))
+    first, second = (clip_embed.load_clip(args.out / "clip.pt")[1] for args in (clip, other))
+    assert first.merges == second.merges and len(second.encode("red")) == 1 < len(second.encode("green"))
+
+
 def test_a_decoder_that_reads_no_tokens_starts_from_one_of_another_vocabulary():
     sizes = {"text_layers": 0, "vocab_size": 514, "channels": 64, "steps": 10}
     assert checkpoints.same_sizes(sizes, sizes | {"vocab_size": 600, "steps": 20})

@@ -301,7 +301,7 @@ def test_ctrl_c_in_a_training_ends_in_one_line_and_the_stage_can_go_on(stage, wo
 
     monkeypatch.setattr(train, "add_gradients", interrupted)
     path = Path("runs/shapes", f"{stage}.pt")
-    line = f"{stage}: stopped after step 2, saved in {path}; go on with --resume"
+    line = f"{stage}: stopped after step 2, saved in {path}; go on with --resume and the same options"
     status, out, lines = run(command, capsys)
     assert (status, out, [line for line in lines if "are cut (said once)" not in line]) == (130, "", [line])
     sys.argv = [*command, "--resume"]

@@ -266,7 +266,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, quick, mon
     train.train("upsample-256", also(quick, save_every=100), CPU)
     with monkeypatch.context() as patch:
         patch.setattr(upsample, "upsampler_loss", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"upsample-256: stopped after step 2, saved in .*upsample-256.pt; go on with --resume"):
+        with pytest.raises(KeyboardInterrupt, match=r"upsample-256: stopped after step 2, saved in .*upsample-256.pt; go on with --resume and the same"):
             train.train("upsample-256", stopped, CPU)
     assert final(stopped)["training"]["step"] == 2 and signal.getsignal(number) is before
     train.train("upsample-256", also(stopped, resume=True), CPU)
@@ -354,6 +354,15 @@ def test_other_defaults_of_sampling_resume_and_other_sizes_do_not(quick):
             train.train("upsample-256", also(quick, resume=True), CPU)
 
 
+def test_a_run_is_not_resumed_with_batches_of_another_size(quick):
+    """Its rows would be others. More steps are as good as the rest of them."""
+    train.train("upsample-256", also(quick, steps=2), CPU)
+    with pytest.raises(UserError, match="cannot be resumed, it was trained with another batch size: 4, not 8"):
+        train.train("upsample-256", also(quick, batch_size=8, resume=True), CPU)
+    train.train("upsample-256", also(quick, steps=3, resume=True), CPU)
+    assert final(quick)["training"]["step"] == 3
+
+
 @needs_fork
 @pytest.mark.slow
 def test_killed_fifty_times_also_while_saving_it_ends_as_if_it_never_was(quick):
@@ -397,6 +406,18 @@ def test_clip_meets_near_misses_alone_for_a_while_but_not_on_a_folders_pictures(
     monkeypatch.setitem(train.STAGES, "clip", train.STAGES["clip"]._replace(prepare=lambda context, args: None))
     folder = types.SimpleNamespace(mark="0", picture=None)
     assert train.prepare("clip", also(tiny, batch_size=None, steps=None, data=folder), CPU).recipe.near == (0, 0)
+
+
+def test_the_temperature_still_learns_after_it_passed_its_limit():
+    """CLIP clips the parameter. If only the value used were clipped, no gradient would bring it down again."""
+    z_i = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    model = types.SimpleNamespace(logit_scale=torch.nn.Parameter(torch.tensor(9.0)))
+    context = types.SimpleNamespace(tokenizer=None, alone=False, recipe=train.Recipe(4, 1, 1e-3, scale=15.0))
+    with pytest.MonkeyPatch.context() as patch:  # captions that fit the wrong pictures: a lower scale is better
+        patch.setattr(clip_embed, "encode_captions", lambda *args: ({"z_t": z_i.flip(0)}, None))
+        patch.setattr(clip_embed, "encode_pictures", lambda *args: z_i)
+        train.clip_batch_loss(model, (None, None), context, None).backward()
+    assert float(model.logit_scale.exp()) == pytest.approx(15) and float(model.logit_scale.grad) > 0
 
 
 # ----------------------------------------------------------------------------- what is measured

@@ -206,7 +206,7 @@ def same_sizes(saved, config):
 def training_state(checkpoint, config, settings, path, steps=None):
     """The training state of a checkpoint, for a training of `config` with the same settings.
 
-    settings: the seed, the data's mark, CLIP's fingerprint, … steps: how many are asked for, if any
+    settings: the seed, the batch size, the data's mark, CLIP's fingerprint, … steps: how many are asked for, if any
     are. Raises UserError if a training cannot go on from it.
     """
     state = checkpoint.get("training")
@@ -214,8 +214,7 @@ def training_state(checkpoint, config, settings, path, steps=None):
         raise UserError(f"{path}: cannot be resumed, it has no optimizer state")
     if steps and steps < state["step"]:
         raise UserError(f"--steps {steps}: {path} has {state['step']} steps already")
-    was = state.get("extra", {name: checkpoint.get(name) for name in settings})
-    was = was | {"seed": state["seed"]}
+    was = state["extra"] | {"seed": state["seed"], "batch size": state["recipe"]["batch_size"]}
     for name in was | settings:
         if was.get(name) != settings.get(name):
             raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "

@@ -1,17 +1,19 @@
 """Latent files: a picture's code (z_i, x_T), kept by manipulate.py --save-latent."""
 
+from pathlib import Path
+
 import torch
 
 from clip_embed import UserError
-from weights.checkpoints import fingerprint, read_checkpoint
+from weights.checkpoints import fingerprint, read_checkpoint, save_atomically
 
 
 def save_latent(path, stack, z_i, x_T, caption, steps):
     """Write a picture's z_i (1, d), x_T (1, 3, 64, 64), and the settings its decoding repeats."""
-    config = {"decoder": fingerprint(stack["decoder"], torch.bfloat16), "caption": caption, "steps": steps}
+    mark = fingerprint(stack["decoder"], torch.bfloat16)
+    config = {"decoder": mark, "caption": caption, "steps": steps}
     model = {"z_i": z_i.clone(), "x_T": x_T.clone()}
-    with open(path, "wb") as file:  # opened here, so that a full disk is an OSError
-        torch.save({"stage": "latent", "config": config, "model": model}, file)
+    save_atomically({"stage": "latent", "config": config, "model": model}, Path(path))
 
 
 def load_latent(path, stack):
