@@ -4,7 +4,7 @@
              └─► DDIM run backwards ─► x_T ──────┴─► DDIM ─► picture   z_i and x_T together: all
 
 In:   pictures of any size or kind, or latent files: (z_i, x_T), written by --save-latent
-Out:  in --out a labelled strip and its single frames, under new numbers, their paths on stdout
+Out:  in --out, under new numbers, a labelled strip and its frames; or the strip alone as NAME.png
 
 Variations draw fresh noise on the way from x_T (§3.1). Interpolations turn one code into another
 (§3.2). Text diffs push z_i along the difference of two captions (§3.3). Reconstructions keep z_i's
@@ -69,7 +69,7 @@ def invert(stack, images, captions="", steps=50, seed=0, bar=False):
     B, x_0 = len(images), to_decoder(stack, images)
     text, _ = encode_captions(clip, stack["tokenizer"], one_each(captions, B))
     z_i = in_batches(clip, B, BATCH[64], lambda part: encode_pictures(clip, images[part]))
-    # no prior runs here, so its random numbers serve the inversion; the decoder's, variations
+    # the prior's random numbers, since no prior runs here; variations draw the decoder's
     x_T = in_batches(model, B, BATCH[64], lambda part: decoder.invert(
         model, x_0[part].to(device), z_i[part].to(device), rows(text, part),
         generators("prior", seed, range(B)[part]), steps, bar))
@@ -115,7 +115,7 @@ def slerp(a, b, theta):
 
 
 def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, seed=0, bar=False):
-    """n pictures of each code and η: z_i kept, the way from x_T left the more, the larger η (§3.1).
+    """n pictures of each code and η: same z_i, same x_T; a larger η wanders farther (§3.1).
 
     z_i (B, d), x_T (B, 3, 64, 64) → (B, len(etas), n, 3, 64, 64) (fig. 3). η = 0 gives n times the
     picture back. Not in the paper: guidance grows from none to the decoder's own w, as
@@ -153,10 +153,10 @@ def interpolate(stack, a, b, frames=9, noise="slerp", rows=3, captions="", steps
 def restored(stack, z_i, z_theta, t=160):
     """z_θ (B, d), to which z_i moved, put back among pictures' z_i by the diffusion prior: (B, d).
 
-    Not in the paper. z_d is not exactly a difference of pictures: z_θ lies beside all z_i that the
+    Not in the paper. z_d is not exactly a difference of pictures: z_θ lies outside the z_i that the
     decoder has learned from. The prior has learned the same z_i. Without a caption, it restores
     z_i and z_θ from the same noise of timestep t; z_i moves by the difference. So z_i keeps what
-    the prior cannot restore (places). A prior without unit norm (Karlo's) is not asked.
+    the prior cannot restore (places). With Karlo's prior (no unit norm), z_θ stays.
     """
     model, d = stack["prior"], z_i.shape[1]
     if not model.config.unit_norm:
@@ -234,7 +234,7 @@ def read_latents(stack, paths, caption, steps, seed):
         pairs.append((z_i, x_T))
         again = decode(stack, z_i[:, None], x_T[:, None], caption, 0, steps, bar=True)[:, 0]
         quality = psnr(to_decoder(stack, image), again)
-        note = (f"; warning: hardly it. Try --steps {min(950, 5 * steps)}; if that fails, this "
+        note = (f"; warning: a poor one. Try --steps {min(950, 5 * steps)}; if that fails, this "
                 "decoder never learnt such pictures") if quality < 20 else ""
         print(f"{path}: its code decodes to {quality:.1f} dB of the picture{note}", file=sys.stderr)
     return pairs, caption, steps
@@ -254,7 +254,7 @@ def enlarge(stack, images, size, seed=0, bar=False):
 
 def draw_strip(rows):
     """Rows of (label, image (3, H, H)) as one Pillow image, each label under its picture."""
-    side = max(128, rows[0][0][1].shape[-1])  # small pictures are enlarged twice
+    side = max(128, rows[0][0][1].shape[-1])  # 64 pixels are doubled
     font, band = ImageFont.load_default(side // 9), side // 6
     sheet = Image.new("RGB", (side * max(map(len, rows)), (side + band) * len(rows)), "white")
     for y, row in enumerate(rows):
@@ -267,7 +267,7 @@ def draw_strip(rows):
 
 
 def save_all(rows, name, out, gif):
-    """Write the strip of rows of (label, image), its frames, and a GIF; print the paths."""
+    """Write the strip of rows of (label, image), its frames (no .png given), a GIF; print paths."""
     strip, paths, settings = draw_strip(rows), [out], " ".join(sys.argv[1:])
     frames = [(f"{name} {label}", to_picture(image)) for row in rows for label, image in row]
     if out.suffix == ".png":
@@ -295,16 +295,16 @@ def parse_arguments():
         add("--size", type=int, default=64, choices=SIZES, help="pixels a side (default 64)")
         add("--gif", action="store_true", help="also save the frames as an animation")
         add("--save-latent", nargs="+", default=[], metavar="PT", help="keep each code as NAME.pt")
-        add("--seed", type=int, default=0, help="of all noise (default 0)")
+        add("--seed", type=int, default=0, help="seed of all noise (default 0)")
         add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints")
         add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")
         add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-        add("--out", type=Path, default=Path("manipulations"), help="folder, or strip's NAME.png")
+        add("--out", type=Path, default=Path("manipulations"), help="folder, or strip as NAME.png")
         add("--device", default="auto", help="auto, cuda, mps or cpu")
         add("--precision", default="auto", choices=PRECISIONS, help="auto: bfloat16 where faster")
         return add
 
-    add = command("variations", 1, "decode (z_i, x_T) with fresh noise on the way (§3.1)")
+    add = command("variations", 1, "decode a picture's code with fresh noise on the way (§3.1)")
     add("--n", type=int, default=8, help="pictures for each eta (default 8)")
     add("--eta", type=float, nargs="+", default=[0, 0.5, 1], help="noise (default 0 0.5 1)")
     add = command("interpolate", 2, "walk from one picture's z_i to another's (§3.2)")
@@ -314,7 +314,7 @@ def parse_arguments():
     add = command("textdiff", 1, "edit a picture by the difference of two captions (§3.3)")
     add("--from", dest="source", metavar="CAPTION", help="of the picture (default: none)")
     add("--to", required=True, metavar="CAPTION", help="of the wanted picture")
-    add("--max", type=float, default=0.5, help="share of the angle (default 0.5, the paper's)")
+    add("--max", type=float, default=0.5, help="share of the angle (default 0.5; paper: 0.25–0.5)")
     add("--frames", type=int, default=7, help="pictures in a row (default 7)")
     add("--whole", action="store_true", help="leave z_i as moved: the prior doesn't restore it")
     add = command("reconstruct", 1, "decode z_i from its first k principal components (fig. 7)")
@@ -340,6 +340,8 @@ def check_arguments(args):
         if path.exists():  # a code may be overwritten, a checkpoint not
             read_checkpoint(path, "latent", writer="manipulate.py --save-latent")
     check_out(args.out, *args.pictures)
+    if args.gif and args.out.suffix == ".png":
+        check_out(args.out.with_suffix(".gif"), *args.pictures)
 
 
 def run(args, stack, pairs, caption, steps):
@@ -347,7 +349,6 @@ def run(args, stack, pairs, caption, steps):
     (z_i, x_T), options = pairs[0], {"captions": caption, "steps": steps, "bar": True}
     if args.command == "variations":
         images = variations(stack, z_i, x_T, args.n, args.eta, seed=args.seed, **options)[0]
-        # the same picture n times says no more than once
         return images, [[f"eta {eta:g}"] * (args.n if eta else 1) for eta in args.eta]
     if args.command == "reconstruct":
         codes = stack["ar-prior"].cpu().float()

@@ -428,7 +428,7 @@ def test_a_latent_file_stands_for_its_picture(weights, picture, tmp_path, monkey
 def test_a_poor_reconstruction_is_told_with_what_to_do(weights, picture, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decoder, "invert", lambda model, x_0, *rest: torch.randn_like(x_0))
     assert run(monkeypatch, "variations", picture, "--n", "1", "--steps", "4", "--weights", weights, "--out", tmp_path / "x.png") == 0
-    assert "warning: hardly it. Try --steps 20" in capsys.readouterr().err
+    assert "warning: a poor one. Try --steps 20" in capsys.readouterr().err
 
 
 def damaged(tmp_path, weights, **change):
@@ -460,11 +460,13 @@ def damaged(tmp_path, weights, **change):
     (["variations", "nowhere.pt"], "expected the latent checkpoint that `python manipulate.py --save-latent` writes"),
     (["variations", "PICTURE", "--out", "strip.jpg"], "a strip is a PNG file"),
     (["variations", "TEXT.pt"], "damaged"),
-    (["variations", "PICTURE", "--out", "/dev/null/x"], "cannot write there")])
+    (["variations", "PICTURE", "--out", "/dev/null/x"], "cannot write there"),
+    (["variations", "GIF", "--out", "OUT", "--gif"], "a.gif: would be overwritten")])
 def test_wrong_use_is_one_clear_line(arguments, said, weights, picture, tmp_path, monkeypatch, capsys):
     for name in ("text", "text.pt"):
         (tmp_path / name).write_text("no picture")
-    names = {"PICTURE": picture, "TEXT": tmp_path / "text", "TEXT.pt": tmp_path / "text.pt"}
+    Image.open(picture).save(tmp_path / "a.gif")  # the animation of a.png would lie over it
+    names = {"PICTURE": picture, "TEXT": tmp_path / "text", "TEXT.pt": tmp_path / "text.pt", "GIF": tmp_path / "a.gif", "OUT": tmp_path / "a.png"}
     extra = [] if "--steps" in arguments else ["--steps", "2"]
     extra += [] if "--out" in arguments else ["--out", tmp_path / "out"]
     assert run(monkeypatch, *(names.get(a, a) for a in arguments), *extra, "--weights", weights) == 2
