@@ -45,7 +45,7 @@ BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
 
 
 def seeded(*numbers):
-    """A torch.Generator seeded by numbers, which numpy mixes: on the CPU it reads only 32 bits."""
+    """A torch.Generator of mixed numbers: on the CPU a Generator uses only 32 bits of its seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
@@ -178,8 +178,7 @@ def choose(chain, images, candidates):
     best = torch.full((len(images),), math.inf)
     if left:
         best[left] = surprises(chain, left, images[left])
-    bar = tqdm(range(1, candidates), "candidates", disable=not chain.bar or not left)
-    for candidate in bar:
+    for candidate in tqdm(range(1, candidates), "candidates", disable=not (chain.bar and left)):
         left = [k for k in left if best[k] > chain.configs["decoder"].enough]
         if not left:
             break
@@ -263,16 +262,16 @@ def parse_arguments():
         "orange, yellow, green, blue, purple, black; small or large; solid or striped; left of, "
         "right of, above, below; on a white, gray, pink or mint background.",
         epilog="An empty caption makes an unconditional picture. Guidance 1 is none, 0 ignores "
-        "the condition. Guidance and steps: the shipped weights' defaults; others have their own.")
+        "the condition. The defaults of guidance and steps are the shipped weights'.")
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help="what to draw")
-    add("--file", help="a text file of captions, one a line")
-    add("--n", type=int, default=1, help="pictures a caption (default 1)")
+    add("--file", help="a text file of captions, one per line")
+    add("--n", type=int, default=1, help="pictures per caption (default 1)")
     add("--seed", type=int, default=0, help="picture k is drawn with seed + k (default 0)")
     add("--size", type=int, choices=SIZES, help="pixels a side (default: the weights' largest)")
     add("--prior", dest="prior_kind", default="diffusion", choices=PRIORS, help="z_i's source: "
         "diffusion (default) or ar (autoregressive) prior; text: z_t; none: no z_i (fig. 8)")
-    add("--prior-guidance", type=float, help="default 1, no guidance (§5: in the prior it hurt)")
+    add("--prior-guidance", type=float, help="default 1, no guidance (§5.5: in the prior it hurt)")
     add("--prior-steps", type=int, help="of the diffusion prior (default 64, as in the paper)")
     add("--variance", default="analytic", choices=["analytic", "fixed-small"],
         help="of the diffusion prior's steps (default analytic, as in the paper)")

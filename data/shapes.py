@@ -6,7 +6,8 @@ of, above or below the other. A caption names the shapes and some of the rest. I
 places, tilts, exact sizes or the background's shading. Four pairs of colour and shape (HELD_OUT)
 are kept from training.
 
-Row n of batch k is drawn from (seed, k, n) alone: the same in any process, any worker, any order.
+Row n of batch k depends on (seed, k, n) alone; for clip on the rows before it too (no caption
+twice). So it is the same in any process, any worker, any order.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +37,8 @@ VALUES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(RADII), "fill
 FIXED_SCENES = 1 << 18  # scenes that the priors train on: their z_i are computed once
 FULL = 0.5  # share of the captions of priors and decoder that name everything
 ALIKE = 0.5  # clip: share of the scenes of two things in which only shape or colour differs
-SINGLES = 1000  # clip: the first batches have one thing a scene (crossed); else fill is not learned
+SINGLES = 1000  # clip: the first batches have one thing a scene (crossed); else fill is not learned.
+#                 Not in batches over 8192: there are only some 15,000 captions of one thing
 FORWARD = 0.8  # clip: share of the captions with a relation that begin with the left or upper thing;
 #                with 0.5 neither order nor relation is a hint, and CLIP learned no places
 
@@ -361,10 +363,9 @@ class ShapeBatches(Dataset):
     """Rows of batch k of a stage's training: those of process `rank` of `world`.
 
     clip, decoder: images (b, 3, 64, 64) uint8 and captions. For clip each scene stands beside three
-    near misses (at first `crossed`), and no caption comes twice: it would be wrong once. Priors:
-    numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a scene, by
-    upsample.training_crops.
-    split: "train" or "validation".
+    near misses (at first `crossed`), and no caption comes twice: else a true pair would count as
+    false. Priors: numbers of fixed scenes, and captions. Upsamplers: (high, low) crops, four of a
+    scene, by upsample.training_crops. split: "train" or "validation".
     """
 
     def __init__(self, stage, batch_size, seed, config, rank=0, world=1, split="train", crops=None):
@@ -425,7 +426,7 @@ class ShapeBatches(Dataset):
 
     def draw_group(self, k, rng):
         """(scenes, attributes that their captions name) of batch k: for clip a group of four."""
-        if self.stage == "clip" and k < SINGLES and not self.held_out:
+        if self.stage == "clip" and k < SINGLES and not self.held_out and self.batch_size <= 8192:
             return crossed(rng)
         scene = training_scene(rng)
         if self.stage != "clip":

@@ -21,7 +21,7 @@ LARGE = 1e9  # bytes of checkpoints that are read only when they are used
 
 
 class Stages(dict):
-    """{stage: network}; a network given as a partial is built at each use and kept by nobody.
+    """{stage: network}; a network given as a partial is built anew at each use, then freed.
 
     dtype: of all networks but CLIP.
     """
