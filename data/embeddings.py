@@ -22,12 +22,17 @@ from data.shapes import FixedScenes
 
 @dataclass
 class FrozenCLIP:
-    """CLIP in eval mode, and its embeddings that were computed beforehand."""
+    """CLIP in eval mode, and its embeddings that were computed beforehand. Raises UserError."""
     clip: CLIP
     tokenizer: Tokenizer
     mark: str = ""                   # CLIP's fingerprint, in the names of cached files
     z_i: torch.Tensor | None = None  # (n, d) of the fixed scenes, or of a folder's pictures
     texts: dict | None = None        # of a folder's captions, as load_embeddings gives them
+
+    def __post_init__(self):
+        if not self.clip.config.unit_norm:  # the stages scale embeddings of length 1
+            raise UserError("Karlo's CLIP keeps the length of its embeddings, and training expects "
+                            "length 1: train on another CLIP")
 
     @property
     def device(self):

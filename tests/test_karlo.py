@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import prior
 import sample
 import upsample
 from clip_embed import UserError
+from data.embeddings import FrozenCLIP
 from weights.published import read_safetensors
 from test_clip_published import close, edit, write_safetensors
 
@@ -202,6 +204,11 @@ def damage(copy, part, change):
     (lambda c: edit(c / "prior/config.json", num_layers=None), "damaged, or no config"),
     (lambda c: edit(c / "super_res_last/config.json", norm_num_groups=4), "its sizes are not those of super_res_first"),
 ])
+def test_no_stage_trains_on_embeddings_that_are_not_unit_vectors():
+    with pytest.raises(UserError, match="Karlo's CLIP keeps the length"):
+        FrozenCLIP(types.SimpleNamespace(config=clip_embed.CLIPConfig(unit_norm=False)), None)
+
+
 def test_what_is_missing_surplus_or_misshapen_is_named_in_one_line(copy, tmp_path, hurt, message):
     hurt(copy)
     with pytest.raises(UserError, match=message) as error, torch.no_grad():
