@@ -181,6 +181,11 @@ def test_an_image_tower_beside_the_others_reads_pictures(copy, tmp_path, stack):
         karlo.load_towers(copy, whole)
 
 
+def test_no_stage_trains_on_embeddings_that_are_not_unit_vectors():
+    with pytest.raises(UserError, match="Karlo's CLIP keeps the length"):
+        FrozenCLIP(types.SimpleNamespace(config=clip_embed.CLIPConfig(unit_norm=False)), None)
+
+
 def damage(copy, part, change):
     """Change the tensors of one part."""
     path = next((copy / part).glob("*.safetensors"))
@@ -204,11 +209,6 @@ def damage(copy, part, change):
     (lambda c: edit(c / "prior/config.json", num_layers=None), "damaged, or no config"),
     (lambda c: edit(c / "super_res_last/config.json", norm_num_groups=4), "its sizes are not those of super_res_first"),
 ])
-def test_no_stage_trains_on_embeddings_that_are_not_unit_vectors():
-    with pytest.raises(UserError, match="Karlo's CLIP keeps the length"):
-        FrozenCLIP(types.SimpleNamespace(config=clip_embed.CLIPConfig(unit_norm=False)), None)
-
-
 def test_what_is_missing_surplus_or_misshapen_is_named_in_one_line(copy, tmp_path, hurt, message):
     hurt(copy)
     with pytest.raises(UserError, match=message) as error, torch.no_grad():
