@@ -330,6 +330,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for p in (self.visual.proj, self.text_projection) if config.stem else ():
+            p.data *= 10  # smaller ones were learned along 16 of z_i's 128 directions alone
 
     def encode_image(self, pixels):
         """z_i (B, d) of CLIP-normalized pixels (B, 3, image_size, image_size). Raises UserError."""
@@ -444,8 +446,7 @@ def preprocess(images, size):
 
 def encode_pictures(clip, images):
     """z_i (B, d) of square images (B, 3, H, H) in [-1, 1], on CLIP's device. Raises UserError."""
-    pixels = preprocess(images.to(clip.logit_scale.device), clip.config.image_size)
-    return clip.encode_image(pixels)
+    return clip.encode_image(preprocess(images.to(clip.logit_scale.device), clip.config.image_size))
 
 
 def psnr(a, b):

@@ -121,7 +121,7 @@ class Context:
     given: str = "z_i"         # decoder: --given
     shown: tuple = (0, 1)      # upsamplers: numbers of the pictures on the sample sheet
     alone: bool = False        # clip: compare with near misses only, at this step
-    extra: dict = field(default_factory=dict)  # kept in the checkpoint: CLIP's fingerprint, …
+    extra: dict = field(default_factory=dict)  # in the checkpoint: CLIP's fingerprint, …
 
 
 def clip_batch_loss(model, batch, context, generators):
@@ -214,7 +214,7 @@ def add_gradients(loss, batch, step, context, held_out=False):
     for first in range(0, count, recipe.at_once):
         last = min(first + recipe.at_once, count)
         waits = last < count and isinstance(loss, DistributedDataParallel)
-        sync = loss.no_sync() if waits else contextlib.nullcontext()  # once, with the last piece
+        sync = loss.no_sync() if waits else contextlib.nullcontext()  # with the last piece
         with sync, attention_kernel(context.device, context.bf16):
             rows = range(rank * count + first, rank * count + last)
             value = loss(tuple(part[first:last] for part in batch), step, rows, held_out)
@@ -313,7 +313,7 @@ def begin(stage, args, device, path):
 
 
 def build(stage, context, init=None):
-    """The Run of a stage at its start, or from the weights `init`. Raises UserError."""
+    """A stage's Run at its start, or from the weights `init`. Raises UserError."""
     recipe, config, network = context.recipe, context.config, STAGES[stage].network
     torch.manual_seed(context.seed)
     model = network(config).to(context.device, memory_format=torch.channels_last)
@@ -327,9 +327,10 @@ def build(stage, context, init=None):
     for block in model.modules():
         if recipe.recompute and isinstance(block, clip_embed.ResidualAttentionBlock):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    decayed, others = [], []  # biases and norms don't decay, nor positions: CLIP would lose places
+    decayed, others = [], []  # not biases and norms, nor these: CLIP would lose places
+    kept = "positional", "visual.proj", "text_projection"  # and directions of z_i
     for name, p in model.named_parameters():
-        (decayed if p.ndim > 1 and "positional" not in name else others).append(p)
+        (decayed if p.ndim > 1 and not any(k in name for k in kept) else others).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     betas = 0.9, recipe.beta2
@@ -381,8 +382,7 @@ def report(run, batch, path):
 
 def prepare(stage, args, device):
     """A stage's Context. Raises UserError."""
-    names = ("batch_size", "steps", "learning_rate")
-    changes = {k: v for k, v in vars(args).items() if k in names and v}
+    changes = {k: v for k, v in vars(args).items() if v and k in Recipe.__dataclass_fields__}
     if args.data:
         changes["near"] = (0.0, 0.0)  # a folder has no near misses
     recipe = replace(RECIPES[args.preset][stage], **changes)
@@ -513,10 +513,9 @@ def upsampler_sheet(model, batch, context):
     for n in context.shown:
         truth = context.picture(n, size)
         low = to_floats(to_tensor(truth.reduce(size // model.config.low_size)))[None]
-        low = low.to(context.device)
         enlarged = torch.nn.functional.interpolate(low, (size, size), mode="bicubic")
-        made = upsample.sample(model, low, generators(f"upsample-{size}", 0, [0]))
-        images += [enlarged[0], made[0], to_floats(to_tensor(truth))]
+        x_0 = upsample.sample(model, low.to(context.device), generators(f"upsample-{size}", 0, [0]))
+        images += [enlarged[0], x_0[0], to_floats(to_tensor(truth))]
     return grid(images, 3)
 
 
@@ -612,7 +611,7 @@ def main():
         args = parse_arguments()
         device = join_processes(args.device)
         keep_freed_memory()
-        torch.backends.cudnn.benchmark = True  # sizes stay: find the fastest kernels
+        torch.backends.cudnn.benchmark = True  # find the fastest kernels
         stages = [stage for stage in STAGES if not (args.clip and stage == "clip")]
         if args.stage == "export":
             export(args.out, Path(__file__).parent / "weights" / args.out.resolve().name, stages)

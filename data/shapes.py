@@ -39,6 +39,7 @@ FULL = 0.5  # share of the captions of priors and decoder that name everything
 ALIKE = 0.5  # clip: share of the scenes of two things in which only shape or colour differs
 SINGLES = 1000  # clip: the first batches have one thing a scene (crossed); else fill is not learned.
 #                 Not in batches over 8192: there are only some 15,000 captions of one thing
+CROSSED = 0.125  # clip: share of later groups that have one thing too
 FORWARD = 0.8  # clip: share of the captions with a relation that begin with the left or upper thing;
 #                with 0.5 neither order nor relation is a hint, and CLIP learned no places
 
@@ -168,7 +169,8 @@ def describe(scene, named, rng, forward=0.5):
     def name(k):
         thing = scene.things[k]
         words = [getattr(thing, a) for a in ("size", "fill", "colour") if (k, a) in named]
-        words += [thing.shape] + ["that says", thing.word] * ((k, "word") in named)
+        words += ["thing" if (k, "thing") in named else thing.shape]
+        words += ["that says", thing.word] * ((k, "word") in named)
         return phrase(*words)
 
     text = name(0)
@@ -247,7 +249,11 @@ def near_misses(scene, named, rng, n=3):
 
 def crossed(rng):
     """(four scenes, attributes that their captions name) of one thing: as it is, with one attribute
-    changed, with another one changed, with both. Scenes with a pair of HELD_OUT are left out."""
+    changed, with another one changed, with both. Scenes with a pair of HELD_OUT are left out.
+
+    Half of the captions that need no shape say "thing". So "large" is written alike for all shapes:
+    a CLIP whose captions always named the shape wrote it the other way round for circles.
+    """
     while True:
         scene = random_scene(rng, 1)
         thing, = scene.things
@@ -259,7 +265,10 @@ def crossed(rng):
             break
     if "size" in pair:
         group = [lay_out(s, rng) for s in group]
-    return group, attributes_in_caption(scene, rng) | {(0, a) for a in pair}
+    named = attributes_in_caption(scene, rng) | {(0, a) for a in pair}
+    if "shape" not in pair and rng.random() < 0.5:
+        named |= {(0, "thing")}
+    return group, named
 
 
 # ------------------------------ pictures
@@ -426,8 +435,9 @@ class ShapeBatches(Dataset):
 
     def draw_group(self, k, rng):
         """(scenes, attributes that their captions name) of batch k: for clip a group of four."""
-        if self.stage == "clip" and k < SINGLES and not self.held_out and self.batch_size <= 8192:
-            return crossed(rng)
+        if self.stage == "clip" and not self.held_out:
+            if k < SINGLES and self.batch_size <= 8192 or rng.random() < CROSSED:
+                return crossed(rng)
         scene = training_scene(rng)
         if self.stage != "clip":
             return [scene], attributes_in_caption(scene, rng, FULL)

@@ -454,10 +454,11 @@ def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path, c
 
 def test_the_priors_checkpoints_hold_what_sampling_needs(tiny, monkeypatch):
     """The diffusion prior's errors, measured at the end; the autoregressive prior's components and buckets."""
-    monkeypatch.setattr(shapes, "SINGLES", 0)  # after so few steps with single things z_i would be nearly the same everywhere
-    longer = {"steps": 600, "learning_rate": 0.003, "save_every": 600}  # until the error tells one t from another
+    monkeypatch.setattr(shapes, "SINGLES", 0), monkeypatch.setattr(shapes, "CROSSED", 0)  # after so few steps with single things z_i would be nearly the same everywhere
+    longer = {"prior": {"steps": 600, "learning_rate": 0.003, "save_every": 600},  # until the error tells one t from another
+              "clip": {"steps": 40, "learning_rate": 0.01}}  # until z_i differ
     for stage in ("clip", "prior", "ar-prior"):
-        train.train(stage, argparse.Namespace(**vars(tiny) | (longer if stage == "prior" else {})), torch.device("cpu"))
+        train.train(stage, argparse.Namespace(**vars(tiny) | longer.get(stage, {})), torch.device("cpu"))
     checkpoint = torch.load(tiny.out / "prior.pt", weights_only=True)
     errors = checkpoint["model"]["errors"]
     assert errors.shape == (1000,) and (errors > 0).all() and errors.isfinite().all()

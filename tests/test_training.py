@@ -408,6 +408,18 @@ def test_clip_meets_near_misses_alone_for_a_while_but_not_on_a_folders_pictures(
     assert train.prepare("clip", also(tiny, batch_size=None, steps=None, data=folder), CPU).recipe.near == (0, 0)
 
 
+def test_clips_places_and_projections_do_not_decay_and_the_toys_projections_begin_larger(tiny):  # noqa: F811
+    """Else CLIP loses places, and directions of z_i (docs/weights.md). Class and word vectors decay with the rest."""
+    run = train.build("clip", train.prepare("clip", tiny, CPU))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    free = {names[id(p)] for p in run.optimizer.param_groups[1]["params"] if p.ndim > 1}
+    assert free == {"visual.positional_embedding", "positional_embedding", "visual.proj", "text_projection"}
+    for stem, size in ((False, 1), (True, 10)):
+        clip = clip_embed.CLIP(clip_embed.CLIPConfig(stem=stem))
+        for p in (clip.visual.proj, clip.text_projection):
+            assert float(p.detach().std()) == pytest.approx(size * len(p) ** -0.5, rel=0.05)
+
+
 def test_the_temperature_still_learns_after_it_passed_its_limit():
     """CLIP clips the parameter. If only the value used were clipped, no gradient would bring it down again."""
     z_i = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)

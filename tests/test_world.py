@@ -82,7 +82,7 @@ def test_almost_alike_things_differ_in_shape_or_colour_alone_and_keep_their_rela
 
 
 def test_crossed_scenes_of_one_thing_differ_in_two_attributes_one_by_one_and_both_at_once():
-    rng, pairs, place = np.random.default_rng(0), [], lambda s: (s.things[0].x, s.things[0].y)
+    rng, pairs, unnamed, place = np.random.default_rng(0), [], [], lambda s: (s.things[0].x, s.things[0].y)
     for _ in range(300):
         group, named = shapes.crossed(rng)
         differences = [{a for a in shapes.VALUES if getattr(s.things[0], a) != getattr(group[0].things[0], a)} for s in group]
@@ -90,6 +90,11 @@ def test_crossed_scenes_of_one_thing_differ_in_two_attributes_one_by_one_and_bot
         assert len({shapes.meaning(s, named) for s in group}) == 4 and not any(map(shapes.is_held_out, group))
         assert len({s.background for s in group}) == 1 and ("size" in differences[3]) != (len(set(map(place, group))) == 1)
         pairs.append(tuple(sorted(differences[3])))
+        said = [shapes.describe(s, named, rng) for s in group]
+        assert all(("thing" in text) != (s.things[0].shape in text) for s, text in zip(group, said)) and len({"thing" in text for text in said}) == 1
+        assert "thing" not in said[0] or "shape" not in pairs[-1]
+        unnamed += ["thing" in said[0]] * ("shape" not in pairs[-1])
+    assert abs(np.mean(unnamed) - 0.5) < 0.12  # of some 150
     assert len(set(pairs)) == 6 and min(map(pairs.count, pairs)) > 30  # of 300 / 6
 
 
@@ -127,7 +132,7 @@ def test_captions_that_mean_the_same_have_one_meaning():
 def test_a_batch_for_clip_holds_near_misses_and_no_caption_twice(split, k, two):
     images, captions = shapes.ShapeBatches("clip", 32, 0, None, split=split)[k]
     assert images.shape == (32, 3, 64, 64) and images.dtype == torch.uint8 and len(set(captions)) == 32
-    assert any(len(parse_caption(caption).things) == 2 for caption in captions) == two
+    assert any(len(parse_caption(caption.replace("thing", "star")).things) == 2 for caption in captions) == two
 
 
 def test_batches_depend_on_seed_and_number_alone():
