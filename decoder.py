@@ -308,7 +308,7 @@ class Decoder(nn.Module):
             return h
 
         h = F.pixel_unshuffle(x_t, c.patch_size)
-        if c.coordinates:  # shallow, it can't infer them from padding
+        if c.coordinates:  # too shallow to infer places from padding
             lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
             places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
             h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)

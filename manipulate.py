@@ -267,7 +267,7 @@ def draw_strip(rows):
 
 
 def save_all(rows, name, out, gif):
-    """Write the strip of rows of (label, image), its frames (no .png given), a GIF; print paths."""
+    """Write the strip of rows of (label, image), its frames unless out is a .png, and a GIF."""
     strip, paths, settings = draw_strip(rows), [out], " ".join(sys.argv[1:])
     frames = [(f"{name} {label}", to_picture(image)) for row in rows for label, image in row]
     if out.suffix == ".png":

@@ -327,8 +327,8 @@ def build(stage, context, init=None):
     for block in model.modules():
         if recipe.recompute and isinstance(block, clip_embed.ResidualAttentionBlock):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    decayed, others = [], []  # not biases and norms, nor these: CLIP would lose places
-    kept = "positional", "visual.proj", "text_projection"  # and directions of z_i
+    decayed, others = [], []  # biases and norms don't decay
+    kept = "positional", "visual.proj", "text_projection"  # else CLIP loses places and directions
     for name, p in model.named_parameters():
         (decayed if p.ndim > 1 and not any(k in name for k in kept) else others).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay},

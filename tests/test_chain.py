@@ -454,7 +454,8 @@ def test_export_writes_half_precision_copies_that_sample_reads(tiny, tmp_path, c
 
 def test_the_priors_checkpoints_hold_what_sampling_needs(tiny, monkeypatch):
     """The diffusion prior's errors, measured at the end; the autoregressive prior's components and buckets."""
-    monkeypatch.setattr(shapes, "SINGLES", 0), monkeypatch.setattr(shapes, "CROSSED", 0)  # after so few steps with single things z_i would be nearly the same everywhere
+    for name in ("SINGLES", "CROSSED"):  # after so few steps with single things z_i would be nearly the same everywhere
+        monkeypatch.setattr(shapes, name, 0)
     longer = {"prior": {"steps": 600, "learning_rate": 0.003, "save_every": 600},  # until the error tells one t from another
               "clip": {"steps": 40, "learning_rate": 0.01}}  # until z_i differ
     for stage in ("clip", "prior", "ar-prior"):

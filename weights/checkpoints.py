@@ -206,8 +206,8 @@ def same_sizes(saved, config):
 def training_state(checkpoint, config, settings, path, steps=None):
     """The training state of a checkpoint, for a training of `config` with the same settings.
 
-    settings: the seed, the batch size, the data's mark, CLIP's fingerprint, … steps: how many are asked for, if any
-    are. Raises UserError if a training cannot go on from it.
+    settings: the seed, the batch size, the data's mark, CLIP's fingerprint, … steps: how many are
+    asked for, if any are. Raises UserError if a training cannot go on from it.
     """
     state = checkpoint.get("training")
     if state is None:
