@@ -1,9 +1,9 @@
 """What does z_i hold, and which captions does CLIP distinguish? (appendix A)
 
-Linear probes of the embedding, on the world of shapes.
+Probes of the embedding, on the world of shapes: linear ones, and a small network.
 
 In:   a CLIP of train.py; scenes that training never drew
-Out:  on stdout, three Markdown tables:
+Out:  on stdout, four Markdown tables:
         the number of directions that hold z_i's variance: the participation ratio (Σλ)² / Σλ² of
           its covariance's eigenvalues, and the share of the variance in the largest ones
         how often a linear probe of z_i names each attribute of a thing that is alone, of the left
@@ -11,8 +11,12 @@ Out:  on stdout, three Markdown tables:
           fitted to four fifths of the scenes and tested on the last fifth. And of a thing that is
           alone, by a probe fitted to the five other shapes: does z_i say "large" of a star as it
           says it of a circle? If not, a text diff from circle to star changes the size too
+        how often a small network (the MLP of probes.py) reads each attribute of two things, and
+          all ten of a scene. What it can't read, prior and decoder hardly find in z_i
         how often the cosine of a picture of two things prefers the full caption to a wrong one:
-          with the inverse relation, or with one attribute of the two things swapped
+          with the inverse relation, with one attribute of the two things swapped, or with one
+          attribute of one thing changed. To tell a swap apart, one thing is enough; a CLIP can
+          know all swaps and not see the second thing's shape
 
     python experiments/linear_probes.py --clip runs/shapes/clip.pt
 """
@@ -29,10 +33,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_embed import UserError, load_clip, one_line_errors, pick_device
+import probes
 from priors import draw, embed
 from sample import SHIPPED
-from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, swapped
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, is_held_out, random_scene, swapped
 
+PLACES = ("first", "second")  # of two things: the left or upper one, and the other
 RIDGE = 1e-6  # of the mean square of a coordinate
 
 
@@ -91,12 +97,21 @@ def left_and_right(scene):
 def rivals(scene):
     """{name: a scene whose caption is wrong for this scene of two things}.
 
-    The relation is inverted, or an attribute is swapped.
+    The relation is inverted, an attribute is swapped, or an attribute of one thing has the next
+    value of VALUES. The first thing is the left or upper one.
     """
     a, b = scene.things
     alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # the inverse relation is true too
-    exchanged = {f"{k} swapped": swapped(scene, k) for k in VALUES if getattr(a, k) != getattr(b, k)}
-    return exchanged | ({} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])})
+    found = {f"{k} swapped": swapped(scene, k) for k in VALUES if getattr(a, k) != getattr(b, k)}
+    found |= {} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])}
+    order = (0, 1) if scene.relation in ("left of", "above") else (1, 0)
+    for place, k in zip(PLACES, order):
+        for name, values in VALUES.items():
+            after = values.index(getattr(scene.things[k], name)) + 1
+            changed = (replace(scene, things=tuple(replace(t, **{name: value}) if j == k else t for j, t in enumerate(scene.things)))
+                       for value in values[after:] + values[:after])
+            found[f"{place} {name} changed"] = next(other for other in changed if not is_held_out(other))
+    return found
 
 
 def preferred(stack, scenes, z_i):
@@ -107,7 +122,7 @@ def preferred(stack, scenes, z_i):
 
     own, result = (z_i * read(enumerate(scenes))).sum(1), {}
     others = [rivals(scene) for scene in scenes]
-    for name in ("relation inverted", *(f"{a} swapped" for a in VALUES)):
+    for name in ("relation inverted", *(f"{a} swapped" for a in VALUES), *(f"{place} {a} changed" for place in PLACES for a in VALUES)):
         some = [(k, each[name]) for k, each in enumerate(others) if name in each]
         rows = [k for k, _ in some]
         result[name] = (float((own[rows] > (z_i[rows] * read(some)).sum(1)).double().mean()), len(rows))
@@ -130,11 +145,13 @@ def main():
         clip, tokenizer = load_clip(args.clip)
         stack, rng = {"clip": clip.to(pick_device(args.device)), "tokenizer": tokenizer}, np.random.default_rng([args.seed, 1 << 55])
         one = [random_scene(rng, 1) for _ in range(args.n)]
-        two = []
-        while len(two) < args.n:
-            two += [scene for scene in [random_scene(rng, 2)] if scene.relation in ("left of", "right of")]
+        two, beside = [], []  # beside: which ones have the relation left of or right of
+        while sum(beside) < args.n:
+            two.append(random_scene(rng, 2))
+            beside.append(two[-1].relation in ("left of", "right of"))
         mixed = [random_scene(rng) for _ in range(args.n)]
-        z_one, z_two, z_mixed = (embed(stack, scenes) for scenes in tqdm((one, two, mixed), "z_i of scenes"))
+        z_one, z_all, z_mixed = (embed(stack, scenes) for scenes in tqdm((one, two, mixed), "z_i of scenes"))
+        z_two, side_by_side = z_all[beside], [scene for scene, found in zip(two, beside) if found]
         values, ratio = directions(z_mixed)
         counts = [k for k in (1, 4, 16, 32) if k < len(values)]
         print(f"| directions | participation ratio | {' | '.join(f'variance in the first {k}' for k in counts)} |")
@@ -145,13 +162,23 @@ def main():
         for a, options in VALUES.items():
             labels = places(options, [getattr(s.things[0], a) for s in one])
             shares = [named(z_one, labels)]
-            shares += [named(z_two, places(options, [getattr(left_and_right(s)[k], a) for s in two])) for k in range(2)]
+            shares += [named(z_two, places(options, [getattr(left_and_right(s)[k], a) for s in side_by_side])) for k in range(2)]
             other = "–" if a == "shape" else f"{carried_over(z_one, labels, shapes):.1%}"
             print(f"| {a} | {' | '.join(f'{share:.1%}' for share in shares)} | {other} | {1 / len(options):.1%} |")
         labels = places(BACKGROUNDS, [s.background for s in one])
         print(f"| background | {named(z_one, labels):.1%} | – | – | {carried_over(z_one, labels, shapes):.1%} | {1 / len(BACKGROUNDS):.1%} |\n")
         pairs = [scene for scene in mixed if len(scene.things) == 2]
         z_pairs = z_mixed[[len(scene.things) == 2 for scene in mixed]]
+        with torch.enable_grad():
+            read = probes.train_probe(z_all, torch.stack([probes.answers(s) for s in two]))
+        right = read(z_pairs) == torch.stack([probes.answers(s) for s in pairs])
+        shares = {name: f"{float(share):.1%}" for name, share in zip(probes.NAMES, right.double().mean(0))}
+        print("| a small network reads, of two things | the first's | the second's |\n|---|---|---|")
+        for a in VALUES:
+            print(f"| {a} | {' | '.join(shares[f'{place} {a}'] for place in PLACES)} |")
+        for name in ("relation", "background"):
+            print(f"| {name} | {shares[name]} | – |")
+        print(f"| all ten | {float(right.all(1).double().mean()):.1%} of {len(pairs):,} | – |\n")
         print("| two things: the true caption against | preferred | of |\n|---|---|---|")
         for name, (share, of) in preferred(stack, pairs, z_pairs).items():
             print(f"| {name} | {share:.1%} | {of:,} |")

@@ -65,6 +65,12 @@ def test_rivals_are_scenes_that_the_caption_is_wrong_of():
         for name, rival in linear_probes.rivals(scene).items():
             wrong = caption_accuracy.judge(lay_out(rival, rng), caption)
             assert not wrong["all"] and wrong["background"] and wrong["count"], name
+            if name.endswith(" changed"):  # only that attribute of only that thing
+                k = scene.things.index(min(scene.things, key=lambda t: (t.y if scene.relation in ("above", "below") else t.x)))
+                k = k if name.startswith("first") else 1 - k
+                found = {(j, a) for j in range(2) for a in VALUES if getattr(rival.things[j], a) != getattr(scene.things[j], a)}
+                assert found == {(k, name.split()[1])}, name
+        assert sum(name.endswith(" changed") for name in linear_probes.rivals(scene)) == 8
         left, right = linear_probes.left_and_right(scene)
         assert scene.relation not in ("left of", "right of") or left.x < right.x
         assert caption_accuracy.judge(scene, caption)["all"]
