@@ -214,14 +214,15 @@ def another(thing, attribute, rng):
 def near_misses(scene, named, rng, n=3):
     """n scenes that differ from this one, and from one another, in one thing that is named.
 
-    Hard cases come oftenest (§7, fig. 14): two things swap an attribute, half of the time their
+    Hard cases come often (§7, fig. 14): two things swap an attribute, half of the time their
     colours ("red circle, blue star" beside "blue circle, red star"), or change places. Only a CLIP
-    that binds attributes and places to objects tells such captions apart. Else one attribute
-    changes. Scenes with a pair of HELD_OUT are left out.
+    that binds attributes and places to objects tells such captions apart. As often one attribute of
+    one thing changes: swaps alone show nothing of the second thing, since the first tells them.
+    Scenes with a pair of HELD_OUT are left out.
     """
     things, group = scene.things, [scene]
     swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= named)]
-    kinds = ["attribute"] + 3 * ["swap"] * bool(swaps) + 2 * ["relation"] * ("relation" in named)
+    kinds = 3 * ["attribute"] + 3 * ["swap"] * bool(swaps) + 2 * ["relation"] * ("relation" in named)
     while len(group) <= n:
         kind = pick(rng, kinds)
         k = rng.integers(len(things))
