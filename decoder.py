@@ -65,7 +65,7 @@ class DecoderConfig:
 PRESETS = {
     "shapes": DecoderConfig(
         patch_size=2, channels=64, depth=1, multiples=(1, 2, 2), attention=(16, 8), norm_groups=8,
-        dropout=0.0, coordinates=True, prediction="velocity", guidance=1.25, steps=10,
+        dropout=0.0, coordinates=True, prediction="velocity", guidance=1.0, steps=14,
         ladder_power=0.6, candidates=8, enough=3.0, embed_dim=128, clip_text_width=128,
         text_layers=0, text_width=128),
     "laptop": DecoderConfig(channels=128, depth=2, embed_dim=512, clip_text_width=512,

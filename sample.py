@@ -275,13 +275,13 @@ def parse_arguments():
     add("--prior-steps", type=int, help="of the diffusion prior (default 64, as in the paper)")
     add("--variance", default="analytic", choices=["analytic", "fixed-small"],
         help="of the diffusion prior's steps (default analytic, as in the paper)")
-    add("--decoder-guidance", type=float, help="default 1.25 (the paper's for table 2)")
-    add("--decoder-steps", type=int, help="default 10, for a laptop (the paper: 250)")
+    add("--decoder-guidance", type=float, help="default 1, none (the paper, table 2: 1.25)")
+    add("--decoder-steps", type=int, help="default 14, for a laptop (the paper: 250)")
     add("--candidates", type=int, help="draw up to so many pictures for one, until the prior finds "
         "one that fits the caption; else keep the best (default 8; the paper: 1)")
     add("--eta", type=float, help="decode by DDIM with this eta (default: ancestral)")
     add("--upsample-steps", type=int, nargs=2, default=(None, None),
-        help="default 4 2 (the paper: 27 15)")
+        help="default 2 2 (the paper: 27 15)")
     add("--grid", action="store_true", help="also save one sheet; with --n, a caption a row")
     add("--weights", type=Path, default=SHIPPED, help="folder of checkpoints (default: shipped)")
     add("--clip", metavar="PATH", help="their CLIP, if it is not that folder's clip.pt")

@@ -65,7 +65,7 @@ TOY = {"channels": 32, "depth": 1, "multiples": (1, 2, 2), "norm_groups": 8, "dr
        "prediction": "residual"}
 DEEP = {"depth": 2, "multiples": (1, 1, 2, 2, 4, 4), "dropout": 0.0}
 PRESETS = {
-    "shapes": {256: UpsamplerConfig(patch_size=2, steps=4, **TOY),
+    "shapes": {256: UpsamplerConfig(patch_size=2, steps=2, **TOY),
                1024: second(patch_size=4, steps=2, **TOY)},
     "laptop": {256: UpsamplerConfig(channels=96, depth=2),
                1024: second(channels=48, norm_groups=16, **DEEP)},

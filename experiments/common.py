@@ -4,8 +4,8 @@ An observation is one picture and its reading: {"said": the parsed caption, "fou
 from pixels, "right": verdicts, "image": (3, 64, 64) in [-1, 1]}. An experiment collects one list of
 observations per seed, for each of its settings. All settings share captions and noise, so only the
 setting makes a difference. Each number becomes a list of jackknife pseudo-values, one per seed.
-Their mean and standard error are those of the number. Seeds begin at 1, because the guidance of the
-shipped weights was chosen on captions of seed 0. The standard errors are those of captions, scenes
+Their mean and standard error are those of the number. Seeds begin at 1, because guidance and steps of
+the shipped weights were chosen on captions of seed 0. The standard errors are those of captions, scenes
 and noise; each network was trained once.
 """
 
@@ -38,6 +38,7 @@ from data.shapes import BACKGROUNDS, COLOURS, FILLS, RADII, SHAPES, phrase  # no
 NETWORKS = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig),
             "decoder": (decoder.Decoder, decoder.DecoderConfig)}
 OPEN = "a heart"  # the caption of the pictures in the sheets
+GUIDANCE = 1.25  # of the decoder, where an experiment doesn't vary it: the paper's for table 2
 SHOWN = 5  # pictures in a row of a sheet, which is then 800 pixels wide
 LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 
@@ -121,10 +122,10 @@ def draw(stack, captions, seed, kind, guidance=None, steps=None, candidates=2):
     return in_batches(stack[sample.PRIORS[kind]], len(captions), BATCH[64], run)
 
 
-def decode(stack, z_i, captions, seed, guidance=None, steps=None):
+def decode(stack, z_i, captions, seed, guidance=GUIDANCE, steps=None):
     """Images (n, 3, 64, 64) in [-1, 1] of z_i (n, d) and n captions.
 
-    Ancestral sampling; each image has its own noise.
+    Ancestral sampling; each image has its own noise. guidance, steps: None for the network's own.
     """
     noise, device = noises("decoder", seed, len(captions)), stack["clip"].logit_scale.device
     text, null = encode_captions(stack["clip"], stack["tokenizer"], captions)

@@ -198,6 +198,9 @@ def measure(stage, args, device, peak):
             f"{train_flops / train_seconds / peak:.0%}", f"{forward_flops / forward_seconds / peak:.0%}"]
 
 
+GUIDED = {"steps": 10, "guidance_scale": 1.25}  # beside diffusers, whose pipeline always guides
+
+
 def diffusers_decoder(c):
     """diffusers' U-Net with a DecoderConfig's sizes and Karlo's kinds of blocks."""
     from diffusers import UNet2DConditionModel
@@ -234,19 +237,19 @@ def against_diffusers(args, device, pictures=16, tokens=16):
 
     def their_sampling():  # as in UnCLIPPipeline
         scheduler, latents = UnCLIPScheduler(variance_type="learned_range", clip_sample_range=1.0), patched
-        scheduler.set_timesteps(c.steps)
+        scheduler.set_timesteps(GUIDED["steps"])
         steps = scheduler.timesteps.tolist()
         for t, before in zip(steps, [*steps[1:], None]):
             free, given = their_pass(torch.cat([latents] * 2), t).chunk(2)
             (free, _), (given, variance) = free.chunk(2, 1), given.chunk(2, 1)
-            noise = torch.cat([free + c.guidance * (given - free), variance], 1)
+            noise = torch.cat([free + GUIDED["guidance_scale"] * (given - free), variance], 1)
             latents = scheduler.step(noise, t, latents, prev_timestep=before).prev_sample
 
     seeds = [torch.Generator() for _ in range(n)]
     work = {"forward pass": (lambda: ours(x, t, z_i, text), lambda: their_pass(patched, t)),
             "training step": (step_of(ours, lambda: torch.cat(ours(x, t, z_i, text), 1).square().mean()),
                               step_of(theirs, lambda: their_pass(patched, t).square().mean())),
-            f"sampling, {c.steps} steps": (lambda: decoder.sample(ours, z_i, text, null, seeds), their_sampling)}
+            f"{GUIDED['steps']} guided steps": (lambda: decoder.sample(ours, z_i, text, null, seeds, **GUIDED), their_sampling)}
     with torch.no_grad():
         rows = [["parameters", *(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M" for network in (ours, theirs)), ""],
                 ["operations of a pass", *(f"{operations(run) / 1e9:.4g} G" for run in work["forward pass"]), ""]]

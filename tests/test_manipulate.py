@@ -162,9 +162,9 @@ def test_eta_0_gives_every_variation_the_reconstruction_and_more_eta_wanders_fur
     assert torch.allclose(alone[0, 0], made[0, 2], atol=2 / 255)
     scales = []
     monkeypatch.setattr(manipulate, "decode", lambda *given, **named: scales.append(given[8] if len(given) > 8 else 1) or x_T[:, None])
+    monkeypatch.setattr(stack["decoder"], "config", replace(stack["decoder"].config, guidance=3.0))
     variations(stack, z_i, x_T, 1, (0, 0.5, 1))
-    w = stack["decoder"].config.guidance
-    assert w > 1 and scales == [1, (1 + w) / 2, w]  # guidance grows with eta
+    assert scales == [1, 2, 3]  # guidance grows with eta
 
 
 def test_interpolations_end_in_both_reconstructions_and_fixed_noise_stays(stack, code, monkeypatch):

@@ -28,7 +28,7 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert set(stack) == {"clip", "tokenizer", "prior", "decoder", "upsample-256", "upsample-1024"}
     assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
     config = stack["decoder"].config  # as --help says
-    assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (10, 8, 1.25, 64)
+    assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (14, 8, 1.0, 64)
 
 
 def test_the_emoji_weights_fit_together_and_name_whose_pictures_they_learned_from():
