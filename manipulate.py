@@ -118,7 +118,7 @@ def variations(stack, z_i, x_T, n=8, etas=(0, 0.5, 1), captions="", steps=50, se
     """n pictures of each code and η: same z_i, same x_T; a larger η wanders farther (§3.1).
 
     z_i (B, d), x_T (B, 3, 64, 64) → (B, len(etas), n, 3, 64, 64) (fig. 3). η = 0 gives n times the
-    picture back. Not in the paper: guidance grows from none to the decoder's own w, as
+    picture back. Not in the paper: guidance grows from 1 to the decoder's own w (shapes: 1), as
     1 + η (w − 1): the less x_T holds the picture, the more must z_i.
     """
     made = []

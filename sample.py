@@ -262,7 +262,7 @@ def parse_arguments():
         "orange, yellow, green, blue, purple, black; small or large; solid or striped; left of, "
         "right of, above, below; on a white, gray, pink or mint background.",
         epilog="An empty caption makes an unconditional picture. Guidance 1 is none, 0 ignores "
-        "the condition. The defaults of guidance and steps are the shipped weights'.")
+        "the condition. The defaults of guidance and steps are those of weights/shapes.")
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help="what to draw")
     add("--file", help="a text file of captions, one per line")

@@ -216,9 +216,9 @@ def near_misses(scene, named, rng, n=3):
 
     Hard cases come often (§7, fig. 14): two things swap an attribute, half of the time their
     colours ("red circle, blue star" beside "blue circle, red star"), or change places. Only a CLIP
-    that binds attributes and places to objects tells such captions apart. As often one attribute of
-    one thing changes: swaps alone show nothing of the second thing, since the first tells them.
-    Scenes with a pair of HELD_OUT are left out.
+    that binds attributes and places to objects tells such captions apart. As often as a swap, one
+    attribute of one thing changes, or the background: to see a swap, one thing is enough, so swaps
+    alone don't teach CLIP to look at the second one. Scenes with a pair of HELD_OUT are left out.
     """
     things, group = scene.things, [scene]
     swaps = [a for a in VALUES if len(things) == 2 and (a == "shape" or {(0, a), (1, a)} <= named)]

@@ -12,7 +12,7 @@ Out:  on stdout, four Markdown tables:
           alone, by a probe fitted to the five other shapes: does z_i say "large" of a star as it
           says it of a circle? If not, a text diff from circle to star changes the size too
         how often a small network (the MLP of probes.py) reads each attribute of two things, and
-          all ten of a scene. What it can't read, prior and decoder hardly find in z_i
+          all ten of a scene. What it can't read, prior and decoder will hardly find, we think
         how often the cosine of a picture of two things prefers the full caption to a wrong one:
           with the inverse relation, with one attribute of the two things swapped, or with one
           attribute of one thing changed. To tell a swap apart, one thing is enough; a CLIP can

@@ -57,7 +57,7 @@ def main():
         "the caption and without, and the attributes that the upsamplers keep.")
     parser.add_argument("--n", type=int, default=200, help="captions (default 200)")
     parser.add_argument("--large", type=int, default=50,
-                        help="pictures to send through both upsamplers, twice 5 s each (default "
+                        help="pictures to send through both upsamplers, twice half a second each (default "
                              "50; 0: none)")
     parser.add_argument("--things", type=int, choices=(1, 2),
                         help="only scenes with this number of things")

@@ -70,16 +70,13 @@ def mask():
 
 @torch.no_grad()
 def steps():
-    """x_t and the guided x̂_0 at eight of the decoder's steps, as a Pillow picture."""
+    """x_t and x̂_0 at eight of the decoder's steps, without guidance, as a Pillow picture."""
     stack = sample.load_stack(size=64)
-    chain = sample.Chain(stack, [CAPTION])
+    chain = sample.Chain(stack, [CAPTION], decoder_guidance=1)
     alphas, seen = decoder.cosine_schedule(), []
-    scale = stack["decoder"].config.guidance
 
     def note(network, given, output):
-        given_eps, free_eps = output[0].chunk(2)  # the batch holds both (decoder.guided)
-        x_t, t = given[0][:1], int(given[1][0])
-        eps = free_eps + scale * (given_eps - free_eps)
+        x_t, t, eps = given[0], int(given[1][0]), output[0]
         seen.append((x_t[0], decoder.predict_x_0(x_t, eps, float(alphas[t]))[0]))
 
     hook = stack["decoder"].register_forward_hook(note)
