@@ -80,6 +80,11 @@ def is_held_out(scene):
     return any((t.colour, t.shape) in HELD_OUT for t in scene.things)
 
 
+def order(scene):
+    """The numbers of a scene's two things: the left or upper one's first."""
+    return (0, 1) if scene.relation in ("left of", "above") else (1, 0)
+
+
 def lay_out(scene, rng):
     """The scene with fresh places, radii and tilts that fit its sizes and its relation."""
     def room(thing):
@@ -91,7 +96,7 @@ def lay_out(scene, rng):
         x, y = (rng.uniform(*room(things[0])) for _ in "xy")
         return replace(scene, things=(replace(things[0], x=x, y=y),))
     # the thing with the smaller coordinate first
-    first, second = things if scene.relation in ("left of", "above") else reversed(things)
+    first, second = (things[k] for k in order(scene))
     apart = max(0.3, first.radius + second.radius + 0.04)
     (low, _), (_, high) = room(first), room(second)
     apart = rng.uniform(apart, min(high - low, apart + 0.25))
@@ -199,6 +204,12 @@ def meaning(scene, named):
     return things, relation, scene.background if "background" in named else None
 
 
+def altered(scene, k, **values):
+    """The scene with other values of its thing k."""
+    things = tuple(replace(t, **values) if j == k else t for j, t in enumerate(scene.things))
+    return replace(scene, things=things)
+
+
 def swapped(scene, attribute):
     """A scene whose two things have exchanged an attribute."""
     pairs = zip(scene.things, scene.things[::-1])
@@ -240,8 +251,7 @@ def near_misses(scene, named, rng, n=3):
             values = [v for v in BACKGROUNDS if v != scene.background]
             other = replace(scene, background=pick(rng, values))
         else:
-            new = replace(things[k], **{kind: another(things[k], kind, rng)})
-            other = replace(scene, things=tuple(new if j == k else t for j, t in enumerate(things)))
+            other = altered(scene, k, **{kind: another(things[k], kind, rng)})
         known = [meaning(s, named) for s in group]
         if not is_held_out(other) and meaning(other, named) not in known:
             group.append(lay_out(other, rng) if kind in ("size", "relation") else other)
@@ -260,8 +270,7 @@ def crossed(rng):
         thing, = scene.things
         pair = [str(a) for a in rng.choice(list(VALUES), 2, replace=False)]
         first, second = ({a: another(thing, a, rng)} for a in pair)
-        group = [replace(scene, things=(replace(thing, **changes),))
-                 for changes in ({}, first, second, first | second)]
+        group = [altered(scene, 0, **values) for values in ({}, first, second, first | second)]
         if not any(is_held_out(s) for s in group):
             break
     if "size" in pair:

@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_embed import UserError, load_clip, one_line_errors, pick_device
 import probes
 from priors import draw, embed
+from probes import PLACES
 from sample import SHIPPED
-from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, is_held_out, random_scene, swapped
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, altered, describe, is_held_out, order, random_scene, swapped
 
-PLACES = ("first", "second")  # of two things: the left or upper one, and the other
 RIDGE = 1e-6  # of the mean square of a coordinate
 
 
@@ -91,7 +91,7 @@ def places(values, found):
 
 def left_and_right(scene):
     """The two things of a scene with the relation left of or right of, the left one first."""
-    return scene.things if scene.relation == "left of" else scene.things[::-1]
+    return tuple(scene.things[k] for k in order(scene))
 
 
 def rivals(scene):
@@ -104,12 +104,10 @@ def rivals(scene):
     alike = all(getattr(a, k) == getattr(b, k) for k in VALUES)  # the inverse relation is true too
     found = {f"{k} swapped": swapped(scene, k) for k in VALUES if getattr(a, k) != getattr(b, k)}
     found |= {} if alike else {"relation inverted": replace(scene, relation=RELATIONS[scene.relation])}
-    order = (0, 1) if scene.relation in ("left of", "above") else (1, 0)
-    for place, k in zip(PLACES, order):
+    for place, k in zip(PLACES, order(scene)):
         for name, values in VALUES.items():
             after = values.index(getattr(scene.things[k], name)) + 1
-            changed = (replace(scene, things=tuple(replace(t, **{name: value}) if j == k else t for j, t in enumerate(scene.things)))
-                       for value in values[after:] + values[:after])
+            changed = (altered(scene, k, **{name: value}) for value in values[after:] + values[:after])
             found[f"{place} {name} changed"] = next(other for other in changed if not is_held_out(other))
     return found
 

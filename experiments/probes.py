@@ -30,7 +30,7 @@ import decoder
 import prior
 import sample
 from clip_embed import check_ranges, encode_captions, one_line_errors, pick_device, to_floats, to_tensor
-from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, random_scene, render
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, order, random_scene, render
 from priors import embed
 
 STREAM = 1 << 54  # of random numbers: these scenes are no other script's, and no training's
@@ -51,16 +51,15 @@ def everything(scene, seed):
 
 def answers(scene):
     """The indices of a scene's ten attributes, the upper or left thing's first: (10,)."""
-    relation = scene.relation
-    first, second = scene.things
-    if relation in ("right of", "below"):
-        relation, first, second = RELATIONS[relation], second, first
-    found = [list(values).index(getattr(thing, a)) for thing in (first, second) for a, values in VALUES.items()]
+    places = order(scene)
+    relation = scene.relation if places == (0, 1) else RELATIONS[scene.relation]
+    found = [list(values).index(getattr(scene.things[k], a)) for k in places for a, values in VALUES.items()]
     return torch.tensor(found + [("left of", "above").index(relation), list(BACKGROUNDS).index(scene.background)])
 
 
 SIZES = [len(values) for values in VALUES.values()] * 2 + [2, len(BACKGROUNDS)]
-NAMES = [f"{place} {a}" for place in ("first", "second") for a in VALUES] + ["relation", "background"]
+PLACES = ("first", "second")  # of two things: the left or upper one, and the other
+NAMES = [f"{place} {a}" for place in PLACES for a in VALUES] + ["relation", "background"]
 
 
 def train_probe(z_i, targets, epochs=40):
