@@ -144,10 +144,12 @@ def read_shard(path):
             elif kind in b"0\0":
                 if header[345] and header[257:263] == b"ustar\0":
                     name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-                name, long = (long or name).decode("utf-8", "surrogateescape").removeprefix("./"), None
+                name = (long or name).decode("utf-8", "surrogateescape").removeprefix("./")
                 if leads_out(name):
                     raise UserError(f"{path}: its member {name!r} leads out of the folder")
                 members[name] = at + 512, size
+            if kind not in b"LxKg":  # not one of the headers before an entry
+                long = None
             at += 512 + -(-size // 512) * 512
             file.seek(at)
     return members

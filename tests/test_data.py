@@ -86,6 +86,9 @@ def write_tar(folder, drawn, format=tarfile.PAX_FORMAT):
     names = list(drawn)
     for n in range(3):
         with tarfile.open(folder / f"{n:05}.tar", "w", format=format) as tar:
+            member = tarfile.TarInfo("deep/" * 30)
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)  # its long name is not the next file's
             for name in names[n::3]:
                 long = "deep/" * 30 * (n == 1) + name  # longer than a header's name
                 for path, data in ((long, drawn[name][0]), (os.path.splitext(long)[0] + ".txt", "\n".join(drawn[name][1]).encode()),
