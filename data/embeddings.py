@@ -1,12 +1,10 @@
-"""What the frozen CLIP says of the pictures and captions that priors and decoder train on.
+"""The frozen CLIP's embeddings of the pictures and captions that priors and decoder train on.
 
 A folder's pictures and captions are encoded once and kept in memory-mapped .npy files. The world's
 fixed scenes are encoded once too; their captions are drawn anew each time.
 """
 
 import contextlib
-import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from clip_embed import (CLIP, Tokenizer, UserError, encode_captions, encode_pictures,
                         to_floats)
+from data.processes import make_once
 from data.shapes import FixedScenes
 
 
@@ -75,15 +74,16 @@ def embed_scenes(frozen, out, seed, workers):
     """Set frozen.z_i to z_i of the world's fixed scenes, computed once and kept in `out`."""
     scenes = FixedScenes(seed)
     path = out / f"z_i-{frozen.mark}-{seed}-{scenes.fixed_scenes}.npy"
-    if not path.exists():
+
+    def write(path):
         loader = DataLoader(scenes, batch_size=None, num_workers=workers)
         bar = tqdm(loader, desc="z_i of the priors' scenes", unit="batch")
         z_i = torch.cat([frozen.encode_pictures(to_floats(images.to(frozen.device))).cpu()
                          for images in bar])
-        with open(path.with_suffix(".part"), "wb") as file:
+        with open(path, "wb") as file:
             np.save(file, z_i.numpy())
-        os.replace(path.with_suffix(".part"), path)
-    frozen.z_i = torch.from_numpy(np.load(path)).to(frozen.device)
+
+    frozen.z_i = torch.from_numpy(make_once(path, np.load, write)).to(frozen.device)
 
 
 NAMES = ("z_i", "ends", "tokens", "states", "z_t")
@@ -107,32 +107,22 @@ def embed_folder(frozen, data, out, workers):
     Raises UserError, of a full disk too.
     """
     folder = out / f"cache-{data.mark}-{frozen.mark}"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        frozen.z_i, frozen.texts = load_embeddings(folder)
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    part = folder.with_suffix(".part")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        write_embeddings(frozen, data, part, workers)
-        os.replace(part, folder)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)  # or it would keep the disk full
-        raise UserError(f"{folder}: could not be written ({error}): make room, and go on with "
-                        "--resume") from None
-    frozen.z_i, frozen.texts = load_embeddings(folder)
+    write = partial(write_embeddings, frozen, data, workers=workers)
+    frozen.z_i, frozen.texts = make_once(folder, load_embeddings, write)
 
 
 def write_embeddings(frozen, data, folder, workers):
     """Write what load_embeddings reads: z_i of a folder's Pictures, and texts of its captions."""
-    c, captions = frozen.clip.config, [*data.captions, ""]
-    lengths = [len(frozen.tokenizer.encode(caption)) + 2 for caption in captions]
-    frozen.tokenizer.warn_of_cuts(lengths[:-1])
-    lengths = [min(length, c.context_length) for length in lengths]
+    c, captions, tokenizer = frozen.clip.config, [*data.captions, ""], frozen.tokenizer
+    ids = [tokenizer.encode(caption) for caption in captions]
+    tokenizer.warn_of_cuts([len(row) + 2 for row in ids[:-1]])
+    lengths = [min([*row, tokenizer.end].index(tokenizer.end) + 2, c.context_length)
+               for row in ids]  # a caption may spell the end token, where its mask ends
     n, rows = len(captions), sum(lengths)
     shapes = (("<f4", (len(data.names), c.embed_dim)), ("<i8", (n + 1,)), ("<i8", (rows,)),
               ("<f2", (rows, c.text_width)), ("<f4", (n, c.embed_dim)))
     kinds = {name: kind for name, (kind, _) in zip(NAMES, shapes)}
+    folder.mkdir()
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in NAMES}
 

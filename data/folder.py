@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip_embed import FORMATS, UserError, open_picture, to_tensor
-from data.processes import make_out
+from data.processes import make_once, make_out
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 SMALLEST = 64     # pixels a side: smaller pictures are left out
@@ -303,13 +303,12 @@ def digest(content):
 
 def check_all(root, rows, cache, workers):
     """check's answers for all pictures, kept in the file `cache`."""
-    if not cache.exists():
+    def write(path):
         loader = DataLoader(rows, 64, collate_fn=partial(check, root), num_workers=workers)
         batches = tqdm(loader, desc="checking pictures", unit="batch") if rows else []
-        beside = cache.with_suffix(".part")
-        beside.write_text(json.dumps([*chain(*batches)]), "utf-8")
-        os.replace(beside, cache)
-    return json.loads(cache.read_text("utf-8"))
+        path.write_text(json.dumps([*chain(*batches)]), "utf-8")
+
+    return make_once(cache, lambda path: json.loads(path.read_text("utf-8")), write)
 
 
 def gather(folder, out, workers, few=False):

@@ -1,4 +1,4 @@
-"""Processes that share each batch, signals that stop a training, and the machine's ways.
+"""Processes that share each batch, stop signals, locks, caches, and settings of the machine.
 
 torchrun starts one process for each GPU; each draws and trains on its share of the rows.
 """
@@ -8,8 +8,10 @@ import functools
 import io
 import math
 import os
+import shutil
 import signal
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -98,6 +100,53 @@ def lock(file):
     else:
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the data workers do not inherit it
+
+
+def make_once(path, read, write):
+    """read(path), a file or folder that write(its name) makes if it is missing or damaged.
+
+    It is written beside `path` and then renamed. If another process writes it, wait for that one.
+    Raises UserError, of a full disk too.
+    """
+    unusable, beside = (OSError, ValueError, EOFError), path.with_name(f"{path.name}.part")
+    with contextlib.suppress(*unusable):
+        return read(path)
+    make_out(path.parent)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        waits = False
+        while True:
+            try:
+                lock(file)
+                break
+            except OSError:
+                if not waits:
+                    print(f"{path}: waiting for another process that writes it", file=sys.stderr)
+                waits = True
+                time.sleep(0.2)
+        if waits:
+            with contextlib.suppress(*unusable):
+                return read(path)
+        try:
+            remove(path)
+            remove(beside)
+            write(beside)
+            for part in [*beside.iterdir()] if beside.is_dir() else [beside]:
+                with open(part, "rb+") as written:
+                    os.fsync(written.fileno())
+            os.replace(beside, path)
+        except OSError as error:
+            remove(beside)  # or it would keep the disk full
+            raise UserError(f"{path}: could not be written ({error}): make room, and go on with "
+                            "--resume") from None
+    return read(path)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_out(out):

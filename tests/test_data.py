@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ import sample
 import train
 import upsample
 from clip_embed import UserError
-from data import embeddings, shapes
+from data import embeddings, processes, shapes
 from data import folder as captioned
 from weights import checkpoints
 from conftest import ROOT
@@ -388,6 +389,57 @@ def test_the_cache_says_what_clip_says(cached, tmp_path):
         assert torch.allclose(kept["states"][kept["mask"]], true["states"][kept["mask"]], atol=2e-3, rtol=2e-3)
     picture = clip_embed.open_picture("x", captioned.read_part(data.root, *data.places[5]))
     assert torch.allclose(frozen.z_i[5], clip.encode_image(clip_embed.preprocess(clip_embed.to_square(picture, 64), 64))[0], atol=0.02)
+
+
+def test_a_caption_may_spell_the_end_token_where_its_mask_ends(cached, tmp_path):
+    for text, path in zip(("red <|endoftext|> circle <|endoftext|>", "<|endoftext|>"), sorted((tmp_path / "photos").glob("*.txt"))):
+        path.write_text(text)
+    assert cached("decoder") == 40  # as many captions as before; the empty one is the last
+
+
+def wait_for_the_other(path, asked, ready):
+    """A second process of the next test: it asks for what the first one is writing."""
+    def write(path):
+        asked.value += 1
+        path.write_bytes(b"the second's")
+
+    ready.set()
+    assert processes.make_once(path, Path.read_bytes, write) == b"the first's"
+
+
+def test_of_two_processes_one_makes_a_cache_and_the_other_waits_for_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    asked, ready, path = context.Value("i", 0), context.Event(), tmp_path / "runs/cache.npy"
+    other = context.Process(target=wait_for_the_other, args=(path, asked, ready))
+
+    def write(beside):
+        beside.write_bytes(b"the fir")
+        other.start()
+        assert ready.wait(60)
+        time.sleep(0.5)  # the other one now waits
+        assert other.is_alive()
+        beside.write_bytes(b"the first's")
+
+    assert processes.make_once(path, Path.read_bytes, write) == b"the first's"
+    other.join(60)
+    assert other.exitcode == 0 and asked.value == 0
+
+
+def test_a_cache_that_is_damaged_is_made_anew_and_a_full_disk_keeps_no_part_of_it(tmp_path):
+    path = tmp_path / "checked.json"
+    read, write = (lambda path: json.loads(path.read_text())), (lambda path: path.write_text("[1]"))
+    for damaged in (None, b"", b"[1", b"\xff"):
+        path.write_bytes(damaged) if damaged is not None else None
+        assert processes.make_once(path, read, write) == [1]
+    path.write_bytes(b"")
+
+    def full(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"checked.json: could not be written \(.*No space left.*make room, and go on with --resume"):
+        processes.make_once(path, read, full)
+    assert [*tmp_path.glob("*")] in ([], [tmp_path / ".checked.json.lock"]) and processes.make_once(path, read, write) == [1]
 
 
 def test_a_folders_long_captions_are_counted_before_they_are_cut_and_said_once(cached, tmp_path, capsys):

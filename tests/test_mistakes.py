@@ -31,7 +31,7 @@ from test_clip_published import TINY as PUBLISHED
 
 BAR = re.compile(r"\d%\||\d(it|step|unit|batch) \[")
 SUMMARY = re.compile(r"[\d,]+ left out, listed in |  |\S+: [\d,]+ pictures with |[\d,]+ pictures are too few to learn")
-LEFT = re.compile(r"\.[\w-]+\.lock|skipped\.txt|checked-\w+\.json")  # what a refused training may leave behind
+LEFT = re.compile(r"\.[\w.-]+\.lock|skipped\.txt|checked-\w+\.json")  # what a refused training may leave behind
 
 
 # ----------------------------------------------------------------------------- the files of a row
