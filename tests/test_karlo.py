@@ -139,6 +139,8 @@ def test_half_precision_and_bin_files_convert_to_the_same_network_rounded(copy, 
     for part in ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder"):
         path = next((copy / part).glob("*.safetensors"))
         tensors = {name: tensor.half() for name, tensor in read_safetensors(path).items()}
+        if part == "text_encoder":  # older files begin with this
+            tensors = {"text_model.embeddings.position_ids": torch.arange(77)[None]} | tensors
         path.unlink()
         torch.save(tensors, path.with_name("pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"))
     for path in karlo.convert(copy, tmp_path / "out"):
@@ -208,6 +210,9 @@ def damage(copy, part, change):
     (lambda c: edit(c / "decoder/config.json", freq_shift=1), "freq_shift = 1, expected 0"),
     (lambda c: edit(c / "prior/config.json", num_layers=None), "damaged, or no config"),
     (lambda c: edit(c / "super_res_last/config.json", norm_num_groups=4), "its sizes are not those of super_res_first"),
+    (lambda c: damage(c, "prior", lambda t: t.clear()), "holds no weights"),
+    (lambda c: (next((c / "prior").glob("*.safetensors")).unlink(),
+                torch.save({"n": 3, "ids": torch.arange(3)}, c / "prior/diffusion_pytorch_model.bin")), "holds no weights"),
 ])
 def test_what_is_missing_surplus_or_misshapen_is_named_in_one_line(copy, tmp_path, hurt, message):
     hurt(copy)

@@ -131,7 +131,11 @@ def read_weights(folder):
     """{"folder.name": tensor} of the weights in a folder, memory-mapped. Raises UserError."""
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_archive(path)
-    return {f"{folder.name}.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {f"{folder.name}.{name}": tensor for name, tensor in tensors.items()
+               if isinstance(tensor, torch.Tensor) and not re.search(NO_WEIGHT, str(name))}
+    if not any(tensor.is_floating_point() for tensor in tensors.values()):
+        raise UserError(f"{path}: holds no weights")
+    return tensors
 
 
 def sizes(config, path):
@@ -213,7 +217,6 @@ def load_towers(karlo, clip_path=None):
     both = dict(zip(("text_config", "vision_config"), towers)) | {"projection_dim": towers[0].get("projection_dim", 512)}
     config = replace(hugging_face_config(karlo / "text_encoder/config.json", both), unit_norm=False)
     weights = {name.partition(".")[2]: tensor for folder in folders for name, tensor in read_weights(karlo / folder).items()}
-    weights = {name: tensor for name, tensor in weights.items() if not re.search(NO_WEIGHT, name)}
     if clip_path:
         other, _ = clip_embed.load_clip(clip_path, karlo / "tokenizer/merges.txt")
         config = replace(other.config, unit_norm=False)
@@ -241,7 +244,7 @@ def convert(karlo, out, clip_path=None):
     out.mkdir(parents=True, exist_ok=True)
     for stage, folder, build in (("clip", "text_encoder", None), ("prior", "prior", load_prior),
                                  ("decoder", "decoder", load_decoder), ("upsample-256", "super_res_first", load_upsampler)):
-        dtype = next(iter(read_weights(karlo / folder).values())).dtype
+        dtype = next(t.dtype for t in read_weights(karlo / folder).values() if t.is_floating_point())
         if stage == "clip":
             model, tokenizer = load_towers(karlo, clip_path)
             mark, more = fingerprint(model), {"merges": [" ".join(pair) for pair in tokenizer.merges]}
