@@ -395,6 +395,8 @@ def open_picture(path, data=None, side=None):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = (path,) if data is None else (io.BytesIO(data), "r", FORMATS)
             with Image.open(*source) as file:
+                if data and file.format != "JPEG" and file.width * file.height > 1 << 24:
+                    raise ValueError("only a JPEG may have more than 4096 × 4096 pixels")
                 if side:
                     file.draft(None, (2 * side, 2 * side))
                 picture = ImageOps.exif_transpose(file)

@@ -52,8 +52,8 @@ from data.processes import (asked_to_stop, attention_kernel, first_before_others
                             one_at_a_time, only_first_prints, ranks)
 from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
-from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, same_sizes,
-                                 save_atomically, training_state)
+from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, resume,
+                                 same_sizes, save_atomically)
 from weights.stack import PRECISIONS, keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
@@ -302,13 +302,8 @@ def begin(stage, args, device, path):
     if not args.resume:
         raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere by --out")
     run = build(stage, prepare(stage, args, device))
-    saved, context = read_checkpoint(path, stage), run.context
-    settings = {"seed": args.seed, "batch size": context.recipe.batch_size}
-    state = training_state(saved, context.config, context.extra | settings, path, args.steps)
-    run.model.load_state_dict(state["model"])
-    run.ema.load_state_dict(saved["model"])  # averaged: what others load
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.rows, run.recent = state["step"], state["rows"], state["recent"]
+    settings = {"seed": args.seed, "batch size": run.context.recipe.batch_size}
+    resume(run, run.context.extra | settings, path, args.steps)
     return run
 
 

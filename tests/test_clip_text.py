@@ -114,7 +114,7 @@ def checkpoint(**changes):
     ({"config": {"text_width": 1 << 40}}, "number outside"),
     ({"config": {"text_width": -1}}, "number outside"),
     ({"config": {"text_layers": 1 << 19}}, "text_layers = 524288, a number outside"),
-    ({"config": {"text_width": "wide"}}, "no network can be built"),
+    ({"config": {"text_width": "wide"}}, "expected a value like 128"),
     ({"config": {"text_heads": 0}}, "no network can be built|tensor"),
     ({"config": {"hidden_act": "relu"}}, "no network can be built"),
     ({"config": {"wings": 2}}, "its config has the fields"),

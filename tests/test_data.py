@@ -166,6 +166,7 @@ def test_bad_files_are_named_and_left_out_and_the_rest_is_trained_on(drawn, tiny
     noisy = encoded(Image.fromarray(rng.integers(0, 255, (99, 99, 3), np.uint8)), "JPEG")
     wrong = {"truncated.jpg": noisy[:len(noisy) // 2], "truncated.png": encoded(Image.open(io.BytesIO(noisy)), "PNG")[:9000],
              "empty.webp": b"", "text.png": "häßlich".encode(), "one.png": png(1), "bomb.png": encoded(Image.new("1", (30000, 30000)), "PNG"),
+             "large.png": encoded(Image.new("P", (4097, 4097)), "PNG"),
              "no caption.png": png(), "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\nshowpage\n"}
     captions = {"blank.txt": b" \n\n", "latin.txt": "caf\xe9".encode("latin-1"), "long.txt": b"a" * 100_000}
     for name, data in wrong.items() | {name.replace("txt", "png"): png() for name in captions}.items():
@@ -178,10 +179,11 @@ def test_bad_files_are_named_and_left_out_and_the_rest_is_trained_on(drawn, tiny
     said, listed = capsys.readouterr().err, (tmp_path / "runs/skipped.txt").read_text("utf-8").splitlines()
     assert [line.partition(": ")[0] for line in sorted(listed)] == sorted(
         [*wrong, *captions, "metadata.csv, line 2, missing.png", "metadata.csv, line 3, bild 0 é.jpg", "notes.heic"])
-    assert "14 left out, listed in" in said and sum(f"  {line}" in said for line in listed) == 10 and "5 pictures with 7 captions" in said
+    assert "15 left out, listed in" in said and sum(f"  {line}" in said for line in listed) == 10 and "5 pictures with 7 captions" in said
     for reason in ("empty.webp: has 0 bytes", "one.png: has 1×1 pixels", "its caption is empty", "its caption is not UTF-8",
                    "long.txt: its caption has 100,000 characters", "text.png: not a picture that can be read (its format is unknown)",
-                   "bomb.png: not a picture that can be read (Image size (900000000 pixels) exceeds limit", "no caption.png: has no caption",
+                   "bomb.png: not a picture that can be read (Image size (900000000 pixels) exceeds limit",
+                   "large.png: not a picture that can be read (only a JPEG may have more than 4096 × 4096 pixels)", "no caption.png: has no caption",
                    "postscript.jpg: not a picture that can be read (its format is unknown)", "missing.png: no such picture"):
         assert any(reason in line for line in listed), reason
     calls = []

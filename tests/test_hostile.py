@@ -2,11 +2,15 @@
 
 import io
 import json
-import resource
+import math
+import pickletools
+import re
 import shutil
+import struct
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +18,11 @@ import torch
 from PIL import Image
 
 import clip_embed
+import sample
 from clip_embed import UserError, load_clip
 from data import folder
 from test_chain import weights  # noqa: F401 (a fixture)
-from test_clip_published import BPE, TINY, openai_archive, random_weights  # noqa: F401 (a fixture)
+from test_clip_published import BPE, TINY, archive, openai_archive, random_weights  # noqa: F401 (a fixture)
 from test_data import write_tar
 from weights.checkpoints import fingerprint
 from weights.latents import load_latent
@@ -72,11 +77,88 @@ def hold_out(read, files, rng, cases=CASES):
         assert time.process_time() - start < SECONDS, (case, path)
         path.write_bytes(data)
         if case == cases // 5:
-            began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            began = forget_peak()
     read(files[0][0])  # undamaged
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began) / 1024
-    assert grown < MEGABYTES, f"{grown:.0f} MB more"
+    assert megabytes("VmHWM") - began < MEGABYTES
     return refused
+
+
+def megabytes(name):
+    """A line of Linux's /proc/self/status: VmRSS, the memory of this process; VmHWM, its peak."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def forget_peak():
+    """Let the peak begin anew, at the memory of now, which is returned in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return megabytes("VmRSS")
+
+
+def costs(read, message):
+    """Assert that read() is refused in one line that matches `message`, in little memory."""
+    began = forget_peak()
+    with pytest.raises(UserError, match=message) as error:
+        read()
+    assert "\n" not in str(error.value) and megabytes("VmHWM") - began < 100
+
+
+def test_a_pickle_that_asks_for_memory_by_a_number_gets_none(tmp_path):
+    memo = pickletools.opcodes[[code.name for code in pickletools.opcodes].index("LONG_BINPUT")].code.encode()
+    archive(tmp_path / "ViT.pt", b"\x80\x02}" + memo + struct.pack("<I", 1 << 26) + b".")  # C's unpickler: 1 GB
+    costs(lambda: load_clip(tmp_path / "ViT.pt"), "holds no stage|damaged")
+
+
+def test_tensors_that_are_larger_than_their_file_or_no_plain_numbers_are_refused(weights, tmp_path):  # noqa: F811
+    own = shutil.copytree(weights, tmp_path / "weights")
+
+    def case(stage, message, size=64, kind="none", config=None, **tensors):
+        checkpoint = torch.load(weights / f"{stage}.pt", weights_only=True)
+        checkpoint["config"] |= config or {}
+        checkpoint["model"] |= tensors
+        torch.save(checkpoint, own / f"{stage}.pt")
+        costs(lambda: load_stack(own, size=size, prior_kind=kind), message)
+        shutil.copy(weights / f"{stage}.pt", own / f"{stage}.pt")
+
+    name, shape = "conv_in.bias", torch.load(weights / "decoder.pt", weights_only=True)["model"]["conv_in.bias"].shape
+    case("prior", "positional_embedding is .*without values", kind="diffusion", config={"text_context": 1 << 20},
+         positional_embedding=torch.empty(1 << 30, device="meta"))
+    case("decoder", "conv_in.bias is .*complex", **{name: torch.zeros(shape, dtype=torch.complex64)})
+    case("decoder", "conv_in.bias is sparse", **{name: torch.zeros(shape).to_sparse()})
+    one = torch.zeros(1 << 20)
+    case("decoder", "no network can be built", config={"embed_dim": 1 << 20},  # one storage, as if it were a hundred
+         **{f"more.{k}": one for k in range(100)})
+    case("prior", "errors holds negative", kind="diffusion", errors=torch.full((1000,), -1.0))
+    for merges in ([3], [None], 5, ["a b c"], ["ab"], {"a": 1}):
+        checkpoint = torch.load(weights / "clip.pt", weights_only=True)
+        torch.save(checkpoint | {"merges": merges}, own / "clip.pt")
+        costs(lambda: load_clip(own / "clip.pt"), "damaged, or no checkpoint")
+
+
+ODD = (-1, 0, 1, 2, 3, 7, 5000, 1 << 19, -1.0, 0.0, 0.5, 1.5, 1e6, 1e-30, math.nan, math.inf, "x", "", None, True, False, (), (1,), (1, 2),
+       (1, 2, 3), (0, 1), (-1,), ("x",), (1.5, 2), {"a": 1}, [1, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, size, kind", [("clip", 64, "none"), ("prior", 64, "diffusion"), ("ar-prior", 64, "ar"), ("decoder", 64, "none"),
+                                               ("upsample-256", 256, "none"), ("upsample-1024", 1024, "none")])
+def test_with_an_odd_value_in_its_config_a_checkpoint_is_refused_or_draws(stage, size, kind, weights, tmp_path):  # noqa: F811
+    own = shutil.copytree(weights, tmp_path / "weights")
+    checkpoint, refused, drawn = torch.load(own / f"{stage}.pt", weights_only=True), 0, 0
+    for field in checkpoint["config"]:
+        for value in ODD:
+            torch.save(checkpoint | {"config": checkpoint["config"] | {field: value}}, own / f"{stage}.pt")
+            start = time.process_time()
+            try:
+                stack = load_stack(own, size=size, prior_kind=kind)
+                drawn += 1
+                steps = {"prior_steps": 2, "decoder_steps": None if field == "steps" and value != 5000 else 2}
+                images = sample.generate(stack, ["a red circle"], size=size, prior_kind=kind, candidates=1, **steps)
+                assert images.shape[-1] <= 4096
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+            assert time.process_time() - start < 2 * SECONDS, (field, value)
+    assert refused > 5 * drawn > 0
 
 
 @pytest.fixture

@@ -56,7 +56,20 @@ def read_checkpoint(path, stage, mmap=False, clip=None, writer=None):
     if clip and checkpoint.get("clip", clip[0]) != clip[0]:
         raise UserError(f"{path}: was trained with CLIP {checkpoint['clip']}, "
                         f"but {clip[1]} is CLIP {clip[0]}")
+    for name, tensor in checkpoint["model"].items():
+        if isinstance(tensor, torch.Tensor) and (
+                tensor.layout != torch.strided or tensor.device.type != "cpu"
+                or tensor.is_quantized or tensor.is_complex()):
+            raise UserError(f"{path}: tensor {name} is sparse, complex, quantized or without "
+                            "values; expected plain numbers")
     return checkpoint
+
+
+RANGES = {"steps": (1, 900), "candidates": (1, 1000), "guidance": (0, 100), "eta": (0, 1),
+          "ladder_power": (0.01, 100), "top_signal": (0, 0.015), "clamp": (0.01, math.inf),
+          "multiples": (1, 1024), "patch_size": (1, 64), "low_size": (2, 256),
+          "image_size": (2, 1024)}  # of fields that are first used when a picture is drawn
+CHOICES = {"schedule": ("cosine", "linear"), "enlarge": ("bilinear", "bicubic")}
 
 
 def config_of(config_class, checkpoint, path):
@@ -69,12 +82,24 @@ def config_of(config_class, checkpoint, path):
     if config.keys() != default.keys():
         raise UserError(f"{path}: its config has the fields {[*config]}, expected {[*default]}")
     for field, value in config.items():
-        counts_layers = "layers" in field or field == "depth"
+        wanted, counts_layers = type(default[field]), "layers" in field or field == "depth"
         most = len(checkpoint["model"]) if counts_layers else 1 << 20  # no more layers than tensors
-        for n in value if isinstance(value, tuple) else (value,):
-            if isinstance(n, int) and not 0 <= n <= most:
-                raise UserError(f"{path}: its config says {field} = {value}, "
-                                f"a number outside 0…{most}")
+        low, high = RANGES.get(field, (0, most))
+        if type(value) not in ((int, float) if wanted is float else (wanted,)):
+            raise UserError(f"{path}: its config says {field} = {value!r:.40}, "
+                            f"expected a value like {default[field]!r}")
+        for n in value if wanted is tuple else (value,):
+            if wanted is str and n not in CHOICES.get(field, (n,)):
+                raise UserError(f"{path}: its config says {field} = {n!r:.40}, "
+                                f"expected one of {CHOICES[field]}")
+            if wanted is tuple and type(n) is not int or wanted is not str and not low <= n <= high:
+                raise UserError(f"{path}: its config says {field} = {value!r:.40}, "
+                                f"a number outside {low}…{high}")
+    if "multiples" in config:  # a U-Net halves the side, an upsampler multiplies it
+        side, low = config["image_size"], config.get("low_size", config["image_size"] // 4)
+        if side % (config["patch_size"] << max(0, len(config["multiples"]) - 1)) or side > 4 * low:
+            raise UserError(f"{path}: its config says image_size = {side}, which its levels do "
+                            "not divide or is more than 4 times low_size")
     return config_class(**config)
 
 
@@ -93,6 +118,8 @@ def check_tensors(want, have, stage, path):
         if not torch.isfinite(have[name]).all():
             raise UserError(f"{path}: tensor {name} holds values that are not finite "
                             "(NaN or infinity)")
+        if name == "errors" and (have[name] < 0).any():  # variances
+            raise UserError(f"{path}: tensor errors holds negative values")
 
 
 class WithoutWeights(TorchFunctionMode):
@@ -139,9 +166,9 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     """
     config, have = config_of(config_class, checkpoint, path), checkpoint["model"]
     try:
-        numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in have.values()
-                      if isinstance(t, torch.Tensor))  # a sparse tensor has no storage
-        with WithoutWeights(2 * numbers + (1 << 20)):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size()
+                    for t in have.values() if isinstance(t, torch.Tensor)}
+        with WithoutWeights(2 * sum(storages.values()) + (1 << 20)):  # a shared one counts once
             model = build(config)
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
@@ -203,25 +230,30 @@ def same_sizes(saved, config):
     return differing <= {"guidance", "steps", "ladder_power", "candidates", "enough"} | unread
 
 
-def training_state(checkpoint, config, settings, path, steps=None):
-    """The training state of a checkpoint, for a training of `config` with the same settings.
+def resume(run, settings, path, steps=None):
+    """Set a new train.Run to the state in its checkpoint. Raises UserError if it cannot go on.
 
     settings: the seed, the batch size, the data's mark, CLIP's fingerprint, … steps: how many are
-    asked for, if any are. Raises UserError if a training cannot go on from it.
+    asked for, if any are.
     """
-    state = checkpoint.get("training")
+    saved = read_checkpoint(path, run.stage)
+    state = saved.get("training")
     if state is None:
         raise UserError(f"{path}: cannot be resumed, it has no optimizer state")
-    if steps and steps < state["step"]:
-        raise UserError(f"--steps {steps}: {path} has {state['step']} steps already")
-    was = state["extra"] | {"seed": state["seed"], "batch size": state["recipe"]["batch_size"]}
-    for name in was | settings:
-        if was.get(name) != settings.get(name):
-            raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
-                            f"{was.get(name)!s:.40}, not {settings.get(name)!s:.40}")
-    if not same_sizes(checkpoint["config"], vars(config)):  # last: other captions change them too
-        raise UserError(f"{path}: cannot be resumed, it has other sizes")
-    return state
+    with reading(path, f"a {run.stage} checkpoint with the state of its training"):
+        if steps and steps < state["step"]:
+            raise UserError(f"--steps {steps}: {path} has {state['step']} steps already")
+        was = state["extra"] | {"seed": state["seed"], "batch size": state["recipe"]["batch_size"]}
+        for name in was | settings:
+            if was.get(name) != settings.get(name):
+                raise UserError(f"{path}: cannot be resumed, it was trained with another {name}: "
+                                f"{was.get(name)!s:.40}, not {settings.get(name)!s:.40}")
+        if not same_sizes(saved["config"], vars(run.context.config)):  # last: captions change them
+            raise UserError(f"{path}: cannot be resumed, it has other sizes")
+        run.model.load_state_dict(state["model"])
+        run.ema.load_state_dict(saved["model"])  # averaged: what others load
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step, run.rows, run.recent = state["step"], state["rows"], state["recent"]
 
 
 def export(runs, folder, stages):

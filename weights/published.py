@@ -89,7 +89,7 @@ def read_archive(path):
         stored = {member.filename.partition("/")[2]: member
                   for member in archive.infolist() if not member.compress_type}
 
-        class Restricted(pickle.Unpickler):
+        class Restricted(pickle._Unpickler):  # in C one opcode could ask for any amount of memory
             def find_class(self, module, name):
                 if module.split(".")[0] == "__torch__":
                     return Inert
@@ -248,8 +248,10 @@ def read_own_clip(path):
     """(CLIP in eval mode, Tokenizer) of a checkpoint that train.py wrote. Raises UserError."""
     checkpoint = read_checkpoint(path, "clip")
     clip = load_model(CLIP, CLIPConfig, checkpoint, path)
-    merges = [merge.split(" ") for merge in checkpoint.get("merges", [])]
-    tokenizer = Tokenizer(merges, clip.config.context_length)
+    with reading(path, "the clip checkpoint that `python train.py clip` writes"):
+        merges = [(first, second) for first, second in
+                  (str.split(merge, " ") for merge in checkpoint.get("merges", []))]
+        tokenizer = Tokenizer(merges, clip.config.context_length)
     if len(tokenizer) != clip.config.vocab_size:
         raise UserError(f"{path}: its merges make {len(tokenizer)} tokens, "
                         f"its config says {clip.config.vocab_size}")
