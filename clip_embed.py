@@ -11,8 +11,8 @@ Both towers are frozen while prior and decoder train. CLIP's own objective (cont
 each caption to its picture and each picture to its caption, by cross-entropy over the rows and the
 columns of the B × B matrix of cosines, divided by a learned temperature.
 
-Unlike the papers: position embeddings start from sines and cosines; in `shapes` and `laptop`
-patches also pass through convolutions; batches hold near misses and no caption twice; no SAM.
+Unlike the papers: patches have sines as first positions; in `shapes` and `laptop` they also pass
+convolutions, and projections start large; batches hold near misses, no caption twice; no SAM.
 
     python clip_embed.py picture.png "a red circle" "a blue star"
     python clip_embed.py --clip ViT-B-32.pt pictures/*.jpg "a photo of a dog" "a photo of a cat"
@@ -68,7 +68,7 @@ def split_words(text):
 
 
 def clean(text):
-    """Lower-case text, HTML entities decoded twice, white space collapsed."""
+    """Lower-case text, HTML entities decoded twice, spaces collapsed (OpenAI's also runs ftfy)."""
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
@@ -186,7 +186,7 @@ class CLIPConfig:
     vision_layers: int = 4
     vision_heads: int = 2
     context_length: int = 77
-    vocab_size: int = 0           # 512 + merges + 2; 49408 in the published models
+    vocab_size: int = 0           # 512 + merges + 2 (0: train.py sets it); published: 49408
     text_width: int = 128
     text_layers: int = 4
     text_heads: int = 2
@@ -331,7 +331,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for p in (self.visual.proj, self.text_projection) if config.stem else ():
-            p.data *= 10  # smaller ones were learned along 16 of z_i's 128 directions alone
+            p.data *= 10  # not in the paper: without it z_i used only 16 of its 128 directions
 
     def encode_image(self, pixels):
         """z_i (B, d) of CLIP-normalized pixels (B, 3, image_size, image_size). Raises UserError."""
@@ -387,8 +387,8 @@ def encode_captions(clip, tokenizer, captions):
 def open_picture(path, data=None, side=None):
     """A picture file as an RGB Pillow image, upright by its EXIF tag, transparency on white.
 
-    data: the file's bytes, if the picture is part of a file that `path` only names; of FORMATS.
-    side: a JPEG may be decoded at a smaller size, at least twice `side`. Raises UserError.
+    data: the picture's bytes, in one of FORMATS; `path` then only names it in errors. side: a JPEG
+    is decoded smaller, for speed, but with at least 2 · side pixels a side. Raises UserError.
     """
     try:
         with warnings.catch_warnings():
@@ -404,9 +404,8 @@ def open_picture(path, data=None, side=None):
                     pixels = np.asarray(picture, np.float64) / 256
                     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
                 if picture.has_transparency_data:
-                    picture = picture.convert("RGBA")
                     white = Image.new("RGBA", picture.size, "white")
-                    picture = Image.alpha_composite(white, picture)
+                    picture = Image.alpha_composite(white, picture.convert("RGBA"))
                 return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -466,7 +465,7 @@ def one_line_errors():
     try:
         yield
     except (UserError, OSError) as error:
-        message = "".join(str(error).strip().splitlines()[-1:])  # of a data worker's traceback
+        message = "".join(str(error).strip().splitlines()[-1:])  # a data worker's: a traceback
         message = message.removeprefix("clip_embed.UserError: ")
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
@@ -518,7 +517,7 @@ def main():
     add("--bpe", metavar="PATH", help="CLIP's merges file, if none lies beside the weights")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    import clip_embed as ce  # not this script's own copies: weights/ imports clip_embed too
+    import clip_embed as ce  # weights/ raises its UserError, another class than this script's
     with ce.one_line_errors(), torch.no_grad():
         device = ce.pick_device(args.device)
         known = Image.registered_extensions()

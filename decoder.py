@@ -166,7 +166,7 @@ class ResBlock(nn.Module):
         """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, ·, ·)."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
-        if emb.shape[1] == h.shape[1]:
+        if emb.shape[1] == h.shape[1]:  # no scale_shift
             h = self.out_norm(h + emb)
         else:
             scale, shift = emb.chunk(2, 1)
@@ -200,7 +200,7 @@ class AttentionBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The caption's own bidirectional transformer (§2.1; GLIDE; padding masked, torch's layers)."""
+    """The caption's own bidirectional transformer (§2.1). Unlike GLIDE's, it masks padding."""
 
     def __init__(self, config):
         super().__init__()
@@ -347,7 +347,7 @@ def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     """The t-th term of the bound L_vlb in bits per dimension, (B,) (§2.1; DDPM eq. 5).
 
     A KL divergence; at t = 0 the negative log-likelihood. β̃_1 replaces β̃_0 = 0, as in Improved
-    DDPM's code. eps, v: the network's. x̂_0 is clamped as in sampling.
+    DDPM's code. Unlike there, x̂_0 is clamped, as in sampling. eps, v: the network's.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
@@ -379,7 +379,7 @@ def decoder_loss(model, x_0, z_i, text, null, generators, drop_z_i=0.1, drop_cap
 
     x_0 (B, 3, H, W) in [-1, 1], z_i (B, d), text of B captions, null of the empty one, generators:
     one torch.Generator a row. L_vlb reaches v, not ε; one of its T terms is drawn, times T.
-    t = T u^time_power, u uniform: 1 is the paper's; below 1 high t come more often.
+    t = T u^time_power, u uniform: 1 is the paper's; below 1 high t count more, in L_vlb too.
     """
     alphas_cumprod, T, device = cosine_schedule(), 1000, x_0.device
     u = torch.stack([torch.rand((), generator=g) for g in generators])
@@ -411,7 +411,7 @@ def ladder(steps, top, power=1.0):
 def top_step(alphas_cumprod, signal=0.015):
     """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; chosen here).
 
-    At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
+    At t = 999 √ᾱ is 5e-5 (cosine; linear: 0.006): an error of 0.001 in ε becomes 20 in x̂_0.
     """
     return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
 
@@ -450,14 +450,14 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
         x, rungs = x_T, inversion_ladder(steps or c.steps)
     for t, s in tqdm([*zip(rungs, [None, *rungs])][::-1], "decoder", disable=not bar):  # s: below t
         alpha_t = alphas_cumprod[t]
-        alpha_s = torch.ones_like(alpha_t) if s is None else alphas_cumprod[s]
         eps, v = guided(model, x, t, z_i, text, null, guidance_scale)
         x_0 = predict_x_0(x, eps, float(alpha_t))
         if clamp:
             x_0 = x_0.clamp(-1, 1)  # which implies another ε
             eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())
-        if s is None:  # Karlo's float32 ends × 0.99947
+        if s is None:  # factor 1; with Karlo's float32 ᾱ: 0.99947
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))
+        alpha_s = alphas_cumprod[s]
         if eta is None:
             from_x_0, from_x_t, beta_tilde = (part.float() for part in posterior(alpha_t, alpha_s))
             log_variance = learned_log_variance(v, (1 - alpha_t / alpha_s).float(), beta_tilde)
@@ -480,9 +480,9 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     """x_T (B, 3, H, W), from which DDIM with η = 0, unguided, unclamped, decodes x_0 (§3).
 
     generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
-    (five of 255 shades), x_t ~ q(x_t|x_0) on the lowest rung. Else the network predicts almost none
-    there, and x_T has under a tenth of noise's variance. A step s → t needs ε at x_t, still unknown
-    (DDIM eq. 13): the last ε gives a guess of x_t, ε at the guess gives x_t.
+    (five of 255 shades): x_t ~ q(x_t|x_0) at the lowest t. In a clean picture the network predicts
+    almost no noise, and x_T gets under a tenth of noise's variance. A step s → t needs ε at the yet
+    unknown x_t (DDIM eq. 13): the last ε gives a guess of x_t, then ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])

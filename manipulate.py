@@ -98,8 +98,8 @@ def decode(stack, z_i, x_T, captions="", eta=0.0, steps=50, seed=0, bar=False, g
 def slerp(a, b, theta):
     """Spherical interpolation from a (theta 0) to b (theta 1), row by row of (B, …) (§3.2, fig. 4).
 
-    The directions turn along the great circle by equal angles, the norms change evenly: unit
-    vectors stay unit, noise stays as large as noise. Raises UserError for opposite vectors.
+    The directions turn by equal angles, the norms change evenly: unit vectors stay unit, noise as
+    large as noise. Raises UserError for opposite vectors, and for a theta outside [0, 1].
     """
     if not 0 <= theta <= 1:
         raise UserError(f"theta {theta:g}: must be between 0 and 1")

@@ -383,9 +383,9 @@ class ARPrior(nn.Module):
 
     Not in the paper: each block's keys and values begin with the caption's, made from CLIP's
     states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
-    319 codes. CLIP's text tower is the text encoder: one of table 3's size makes 2.2B of its 1B.
-    Buckets are ordered, so their vectors, which the logits use too, start from cosines of their
-    rank; each place scales them in its own way.
+    319 codes. CLIP's text tower is the only text encoder: with table 3's too, the prior would have
+    2.2B parameters, not the 1B of that table. Buckets are ordered. So their vectors start from
+    cosines of their rank; the logits use them too. Each place of the sequence scales them anew.
     """
 
     def __init__(self, config):

@@ -60,7 +60,7 @@ def rows(text, pictures):
 
 
 def in_batches(network, count, most, run):
-    """run(slice) of `count` pictures, `most` at a time, joined on the CPU, in autocast if half."""
+    """run(slice) for `count` pictures, `most` at a time; joined on the CPU. Half: in autocast."""
     p, parts = next(network.parameters()), []
     for first in range(0, count, most):
         with torch.autocast(p.device.type, p.dtype, enabled=p.dtype != torch.float32):
@@ -76,7 +76,7 @@ class Chain:
     seed: int = 0                        # picture k draws from seed + k
     bar: bool = False
     seconds: dict = field(default_factory=dict)  # the time that each stage took
-    prior_kind: str = "diffusion"        # z_i's prior, or "ar"; "text": z_t; "none": zeros (fig. 8)
+    prior_kind: str = "diffusion"        # or "ar". z_i is z_t for "text", 0 for "none" (fig. 8)
     prior_guidance: float | None = None
     prior_steps: int | None = None
     variance: str = "analytic"           # of the diffusion prior's steps
@@ -89,7 +89,7 @@ class Chain:
         clip, tokenizer = self.stack["clip"], self.stack["tokenizer"]
         self.device, self.configs = clip.logit_scale.device, {}
         self.text, self.null = clip_embed.encode_captions(clip, tokenizer, self.captions)
-        self.z_i = self.text["z_t"].cpu() * (self.prior_kind == "text")  # (n, d)
+        self.z_i = self.text["z_t"].cpu() * (self.prior_kind == "text")  # (n, d): z_t or zeros
 
     def run(self, stage, pictures, most, sample, candidate=0, network=None):
         """sample(network, picture numbers, generators) in batches; the time goes to `seconds`."""

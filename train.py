@@ -4,8 +4,8 @@ In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or 
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
 Each stage's file defines its loss. This file has the recipes, each loss's inputs, and one loop for
-all: AdamW and an exponential moving average of weights (EMA).
-The pictures come from a built-in world of shapes (data/shapes.py), or from --data.
+all: AdamW and an exponential moving average of weights (EMA). Pictures come from a built-in world
+of shapes (data/shapes.py), or from --data.
 
 Row n of step k draws its scene, caption, timestep and noise from (--seed, k, n). So `--resume` with
 the same options is exact (on a CPU, bit for bit). Processes and pieces change only dropout.
@@ -57,7 +57,7 @@ from weights.checkpoints import (export, fingerprint, load_model, read_checkpoin
 from weights.stack import PRECISIONS, keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
-EXPLODED = 1000  # a loss so many times the last row's mean stops the run
+EXPLODED = 1000  # a loss this many times the last CSV row's stops the run
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Recipe:
     at_once: int = 1 << 20     # rows of a micro-batch; not for clip
     recompute: bool = False    # clip: gradient checkpointing of each block
     loss: dict = field(default_factory=dict)  # options of the stage's loss function
-    near: tuple = (0.0, 0.0)   # clip: the part with hard negatives (near misses) alone
+    near: tuple = (0.0, 0.0)   # clip: from, to (shares of the steps): only near misses compared
     scale: float = 100.0       # clip: upper limit of the inverse temperature
 
 
@@ -186,7 +186,7 @@ def update_ema(ema, model, step, decay):
 
 
 def row_generators(seed, step, rows, held_out=False):
-    """A torch.Generator for each row, seeded by seed, step, row and split (odd; scenes: even)."""
+    """A torch.Generator a row, seeded by seed, step, row and split (1 or 3; scenes: 0 or 2)."""
     return [seeded(seed, step, row, 2 * held_out + 1) for row in rows]
 
 
@@ -214,7 +214,7 @@ def add_gradients(loss, batch, step, context, held_out=False):
     for first in range(0, count, recipe.at_once):
         last = min(first + recipe.at_once, count)
         waits = last < count and isinstance(loss, DistributedDataParallel)
-        sync = loss.no_sync() if waits else contextlib.nullcontext()  # with the last piece
+        sync = loss.no_sync() if waits else contextlib.nullcontext()  # averaged at the last
         with sync, attention_kernel(context.device, context.bf16):
             rows = range(rank * count + first, rank * count + last)
             value = loss(tuple(part[first:last] for part in batch), step, rows, held_out)
@@ -279,8 +279,7 @@ def train(stage, args, device):
             run.step += 1
             run.recent.append(loss)
             speed = (run.step - first) * recipe.batch_size / (time.perf_counter() - began)
-            shown = f"loss={np.mean(run.recent[-100:]):.4f}, images_s={speed:.0f}"
-            bar.set_postfix_str(shown, refresh=False)
+            bar.set_postfix(loss=np.mean(run.recent[-100:]), images_s=speed, refresh=False)
             due = run.step == recipe.steps or run.step % args.save_every == 0
             measured = held_out_loss(run, held_out) if due else None
             if due or run.step % args.log_every == 0:
@@ -396,7 +395,7 @@ def prepare(stage, args, device):
 
 
 def prepare_clip(context, args):
-    """A tokenizer and a config; merges of --init, or learned from up to 2,000 captions."""
+    """A tokenizer and a config. Merges: --init's, or up to 1,000 learned from 2,000 captions."""
     captions = args.data.captions if args.data else shapes.corpus()
     merges = (clip_embed.load_clip(args.init)[1].merges if args.init and not args.dry_run else
               clip_embed.learn_bpe(captions[::math.ceil(len(captions) / 2000)]))
@@ -435,7 +434,10 @@ def prepare_prior(context, args, presets=prior.PRESETS):
 def prepare_ar_prior(context, args):
     """As the diffusion prior, and the codes' components and buckets."""
     prepare_prior(context, args, prior.AR_PRESETS)
-    if args.dry_run:
+    if args.init:  # keeps its codes, to which its weights belong
+        saved = read_checkpoint(args.init, "ar-prior")["config"]
+        context.config = replace(context.config, components=saved.get("components", 0))
+    if args.dry_run or args.init:
         return
     z_i, buckets = context.frozen.z_i, context.config.buckets
     try:
@@ -596,6 +598,8 @@ def parse_arguments():
     many = (1, 10 ** 9)
     check_ranges(args, steps=many, batch_size=(1, 10 ** 6), learning_rate=(1e-12, 10),
                  seed=(0, 1 << 30), workers=(0, 1024), log_every=many, save_every=many)
+    if args.clip and args.stage == "clip":
+        raise UserError("--clip is for the other stages; --init trains a CLIP further")
     if args.init and args.stage not in STAGES:
         raise UserError(f"--init {args.init}: a checkpoint is one stage's; train that stage alone")
     return args

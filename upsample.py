@@ -170,7 +170,7 @@ class ResBlock(nn.Module):
         """x (B, channels, H, W), emb (B, emb_channels) → (B, out_channels, ·, ·)."""
         h = self.in_conv(self.resample(F.silu(self.in_norm(x))))
         emb = self.emb(F.silu(emb))[:, :, None, None]
-        if emb.shape[1] == h.shape[1]:
+        if emb.shape[1] == h.shape[1]:  # no scale_shift
             h = self.out_norm(h + emb)
         else:
             scale, shift = emb.chunk(2, 1)
@@ -344,7 +344,7 @@ def ladder(steps, top, power=1.0):
 def top_step(alphas_cumprod, signal=0.015):
     """The highest timestep with √ᾱ_t ≥ signal, where sampling starts (§2.1; chosen here).
 
-    At t = 999, where √ᾱ is 5e-5, x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ turns an error of 0.001 in ε into 20.
+    At t = 999 √ᾱ is 5e-5 (cosine; linear: 0.006): an error of 0.001 in ε becomes 20 in x̂_0.
     """
     return int((alphas_cumprod.sqrt() >= signal).nonzero().max())
 
@@ -371,7 +371,7 @@ def sample(model, low, generators, steps=None, bar=False):
         x, deviation = ddim_step(x_0, eps, alpha_t, alpha_s, c.eta)
         if s is not None and c.eta:
             x = x + deviation * randn(generators, x.shape, x.device)
-    return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # Karlo's float32 ends × 0.99947
+    return x * float((1 - exact[0]) / (1 - alphas_cumprod[0]))  # 1, or 0.99947 (Karlo's float32)
 
 
 def main():

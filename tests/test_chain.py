@@ -473,6 +473,10 @@ def test_the_priors_checkpoints_hold_what_sampling_needs(tiny, monkeypatch):
     model = checkpoints.load_model(prior.ARPrior, prior.ARConfig, checkpoint, "ar-prior.pt")
     lost = (model.decode(model.encode(z_i)) - z_i).square().sum() / (z_i - z_i.mean(0)).square().sum()
     assert lost < 0.02 and (model.dot_edges.diff() >= 0).all() and model.dot_edges.abs().max() <= 1
+    begun = {"init": tiny.out / "ar-prior.pt", "clip": tiny.out / "clip.pt", "out": tiny.out / "other", "seed": 7}
+    train.train("ar-prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))  # other scenes, the codes of its weights
+    tuned = torch.load(tiny.out / "other/ar-prior.pt", weights_only=True)["model"]
+    assert all(torch.equal(tuned[name], buffer) for name, buffer in model.named_buffers())
 
 
 def test_z_i_that_cannot_be_coded_stops_training_with_one_line(tiny, monkeypatch):

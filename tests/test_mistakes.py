@@ -206,6 +206,7 @@ MISTAKES = [
     # runs
     Mistake("a decoder before its CLIP", ["train.py", "decoder"], nothing,
             ["runs/shapes/clip.pt: no such file", "python train.py clip"]),
+    Mistake("a CLIP to train, frozen", ["train.py", "clip", "--clip", "clip.pt"], nothing, ["--clip is for the other stages", "--init"]),
     Mistake("weights of another size to begin with", ["train.py", "upsample-256", "--init", "wide.pt"], wide,
             ["wide.pt: has other sizes than the upsample-256 of this preset"]),
     Mistake("a second training of a run", ["train.py", "clip"], trained("clip"),
@@ -318,5 +319,5 @@ def test_ctrl_c_while_a_picture_is_drawn_ends_in_one_line(work, monkeypatch, cap
     assert (status, out, lines, contents()) == (130, "", ["stopped"], before)
 
 
-def test_the_table_has_forty_rows_each_with_a_name_of_its_own():
-    assert len(MISTAKES) == 40 == len({mistake.name for mistake in MISTAKES})
+def test_the_table_has_41_rows_each_with_a_name_of_its_own():
+    assert len(MISTAKES) == 41 == len({mistake.name for mistake in MISTAKES})
