@@ -132,7 +132,6 @@ def conclusions(rows):
     said = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
             for link in ("CLIP", "z_i", "diffusion prior", "AR prior")]
     right, alone, told = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
-    said.append(conclude("Right pairs in reconstructions, against all of them (fig. 15)", right(alone), 1, "more", "fewer"))
     said.append(conclude("… with the caption, against without", right(told), right(alone), "more", "fewer"))
     return said + [conclude(f"Right pairs from the {name} prior's z_i, against the true picture's", right(f"{name} chain"), right(told),
                             "more", "fewer") for name in ("diffusion", "AR")]

@@ -381,14 +381,19 @@ def test_wrong_use_of_train_is_one_line_and_exit_status_2(arguments, message, mo
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("script, arguments", [
-    (prior, ["x", "--steps", "0"]), (prior, ["x", "--n", "1"]), (prior, ["x", "--guidance", "101"]), (prior, ["x", "--guidance", "nan"]), (decoder, ["p.png", "--steps", "991"]),
-    (decoder, ["p.png", "--out", "strip"]), (upsample, ["p.png", "--out", "strip"]), (upsample, ["missing.png"]),
+@pytest.mark.parametrize("script, arguments, message", [
+    (prior, ["x", "--steps", "0"], "--steps 0: must be between"), (prior, ["x", "--n", "1"], "--n 1: must be between"),
+    (prior, ["x", "--guidance", "101"], "--guidance 101.0: must be between"), (prior, ["x", "--guidance", "nan"], "--guidance nan: must be between"),
+    (decoder, ["p.png", "--steps", "991"], "--steps 991: must be between"), (decoder, ["p.png", "--out", "strip"], "--out strip: must end in .png"),
+    (upsample, ["p.png", "--out", "strip"], "--out strip: must end in .png"), (upsample, ["missing.png"], "missing.png: no such file"),
 ])
-def test_wrong_use_of_a_stage_is_one_line_and_exit_status_2(script, arguments, weights, monkeypatch, capsys):
+def test_wrong_use_of_a_stage_is_one_line_and_exit_status_2(script, arguments, message, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (80, 80)).save("p.png")
     with pytest.raises(SystemExit) as stop:
         run(script, monkeypatch, *arguments, "--weights", weights)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,6 +1,8 @@
 """What other systems do otherwise, as far as it can be tried on one: Windows' paths and names, workers by spawn."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import sample
 import upsample
 from data import folder, shapes
 from data.processes import ignore_stops
+from conftest import ROOT
 
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # with any suffix
 
@@ -20,7 +23,7 @@ def photos(root, *file_names):
     """A folder of a/0.png, a/1.png, …, and a metadata.jsonl that calls them by these names."""
     (root / "a").mkdir(parents=True)
     for k, name in enumerate(file_names):
-        Image.new("RGB", (64, 64), (60 * k, 0, 0)).save(root / f"a/{k}.png")
+        Image.new("RGB", (64, 64), (60 * k % 256, 0, k)).save(root / f"a/{k}.png")
         with open(root / "metadata.jsonl", "a") as file:
             file.write('{"file_name": "%s", "text": "number %d"}\n' % (name.replace("\\", "\\\\"), k))
     return root
@@ -64,3 +67,27 @@ def test_workers_can_be_spawned_as_windows_and_macos_do(stage, tmp_path, monkeyp
     (got,), want = list(loader), batches[1]
     assert len(got) == len(want)
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b) for a, b in zip(got, want))
+
+
+SPAWNED = """
+import multiprocessing, sys
+multiprocessing.set_start_method("spawn")
+import train
+from data import shapes
+shapes.FIXED_SCENES = 512
+options = sys.argv[1:]
+for stage in ("clip", "prior"):
+    sys.argv = ["train.py", stage, *options]
+    train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [True, False])
+def test_scenes_and_folders_are_checked_embedded_and_trained_on_by_spawned_workers(world, tmp_path):
+    options = ["--steps", "1", "--batch-size", "4", "--device", "cpu", "--workers", "1", "--out", tmp_path / "runs"]
+    if not world:
+        options += ["--data", photos(tmp_path / "photos", *(f"a/{k}.png" for k in range(8)))]
+    run = subprocess.run([sys.executable, "-c", SPAWNED, *map(str, options)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len([*(tmp_path / "runs").glob("z_i-*.npy" if world else "cache-*")]) == 1 and (tmp_path / "runs/prior.pt").exists()
