@@ -200,8 +200,8 @@ def write_folder(pictures, words, out):
 
     words: the licence of the captions.
 
-    The folder appears whole or not at all. Of equal pictures one is written, that of the highest
-    code points. Twemoji draws many families as the same grey people, and there the names that fit
+    The folder appears whole or not at all. Of identical pictures only the one with the highest code
+    points is written. Twemoji draws many families as the same grey people, and there the names that fit
     ("family adult, adult, child") come last. Raises UserError.
     """
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
 from clip_embed import UserError, one_line_errors, pick_device
-from data.shapes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Scene, Thing, VALUES, WORDINGS, attributes_in_caption, describe, is_held_out, lay_out, pick, random_scene, render
+from data.shapes import BACKGROUNDS, COLOURS, RADII, RELATIONS, SHAPES, Scene, Thing, VALUES, WORDINGS, all_attributes, attributes_in_caption, describe, is_held_out, lay_out, pick, random_scene, render
 
 ATTRIBUTES = ("count", *VALUES, "background", "relation", "bound", "all")
 SIDE = 64  # the reader's picture size
@@ -310,8 +310,7 @@ def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
     for k in tqdm(range(n), "self-test", disable=not bar):
         rng = np.random.default_rng([seed, k])
         scene = random_scene(rng, held_out=k % 8 == 0)
-        said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
-        caption = describe(scene, said, rng)
+        caption = describe(scene, all_attributes(scene), rng)
         scores.append((caption, score(change(render(scene, size)), caption), None))
     return scores
 

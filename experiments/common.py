@@ -45,14 +45,13 @@ LINES = ("royalblue", "darkorange", "seagreen", "crimson", "purple", "gray")
 # ----------------------------------------------------------------------------- settings
 
 
-def options(description, n, of, steps=10):
+def options(description, n, of):
     """The command line of the experiments; `of` names the things that --n counts for each seed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--n", type=int, default=n, help=f"{of}, for each seed (default {n})")
     parser.add_argument("--seeds", type=int, default=5,
                         help="repetitions with other captions, scenes and noise (default 5)")
-    parser.add_argument("--steps", type=int, default=steps,
-                        help=f"steps of the decoder (default {steps})")
+    parser.add_argument("--steps", type=int, default=10, help="steps of the decoder (default 10)")
     parser.add_argument("--weights", type=Path, default=sample.SHIPPED, metavar="DIR", help="folder of checkpoints")
     parser.add_argument("--json", type=Path, help="file for each seed's numbers")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="file for the picture")

@@ -6,9 +6,9 @@ Out:  on stdout, a table: for each number of components, how often decodings of 
       side. Then how early each comes, and the conclusions. --picture: five pictures with more and
       more components from top to bottom, and the curves below
 
-The components are those of z_i of 2,048 scenes; each picture has fresh noise. How early: the gain
-over no component at all, divided by the gain in the end, as the mean over the numbers of
-components. It is 1 if the first component holds everything. The shares are those of a decoder: it
+The components are those of z_i of 2,048 scenes; each picture has fresh noise. How early: the mean,
+over the numbers of components, of the gain divided by the gain of all components. A gain is
+relative to no component. It is 1 if the first component holds everything. The shares are those of a decoder: it
 may fail to draw attributes that z_i holds. The decodings are DDIM's and unguided, as in
 manipulate.py. The other experiments here sample ancestrally, with guidance.
 

@@ -37,7 +37,7 @@ import probes
 from priors import draw, embed
 from probes import PLACES
 from sample import SHIPPED
-from data.shapes import BACKGROUNDS, RELATIONS, VALUES, altered, describe, is_held_out, order, random_scene, swapped
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, all_attributes, altered, describe, is_held_out, order, random_scene, swapped
 
 RIDGE = 1e-6  # of the mean square of a coordinate
 
@@ -115,8 +115,7 @@ def rivals(scene):
 def preferred(stack, scenes, z_i):
     """{name of a rival: (how often z_i (n, d) prefers its own caption to the rival's, scenes)}."""
     def read(some):  # captions name everything, in the same wording
-        said = {(k, a) for k in range(2) for a in ("colour", "size", "fill")} | {"relation", "background"}
-        return draw(stack, [describe(scene, said, np.random.default_rng(k)) for k, scene in some], 0, {})[0]
+        return draw(stack, [describe(scene, all_attributes(scene), np.random.default_rng(k)) for k, scene in some], 0, {})[0]
 
     own, result = (z_i * read(enumerate(scenes))).sum(1), {}
     others = [rivals(scene) for scene in scenes]

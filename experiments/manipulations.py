@@ -27,7 +27,7 @@ import manipulate
 import sample
 from caption_accuracy import read_scene, score
 from clip_embed import UserError, encode_captions, one_line_errors, pick_device, to_tensor
-from data.shapes import HELD_OUT, Thing, VALUES, describe, lay_out, pick, random_scene, render
+from data.shapes import HELD_OUT, Thing, VALUES, all_attributes, describe, lay_out, pick, random_scene, render
 
 KEPT = ("shape", "colour", "size", "relation")
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)  # of principal components
@@ -51,8 +51,7 @@ def psnr(images, others):
 
 def shown(image, scene):
     """{attribute: does an image (3, H, W) show it as in the scene?}, all that captions can name."""
-    said = {(i, attribute) for i in range(2) for attribute in VALUES} | {"background", "relation"}
-    return score(sample.to_picture(image), describe(scene, said, np.random.default_rng(0)))
+    return score(sample.to_picture(image), describe(scene, all_attributes(scene), np.random.default_rng(0)))
 
 
 def share(verdicts, *attributes):

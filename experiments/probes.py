@@ -30,7 +30,7 @@ import decoder
 import prior
 import sample
 from clip_embed import check_ranges, encode_captions, one_line_errors, pick_device, to_floats, to_tensor
-from data.shapes import BACKGROUNDS, RELATIONS, VALUES, describe, order, random_scene, render
+from data.shapes import BACKGROUNDS, RELATIONS, VALUES, all_attributes, describe, order, random_scene, render
 from priors import embed
 
 STREAM = 1 << 54  # of random numbers: these scenes are no other script's, and no training's
@@ -45,8 +45,7 @@ def scenes_of(n, seed, part):
 
 def everything(scene, seed):
     """A caption that names all attributes of a scene of two things."""
-    named = {(k, a) for k in (0, 1) for a in ("colour", "size", "fill")} | {"background", "relation"}
-    return describe(scene, named, np.random.default_rng([seed, STREAM, 2]))
+    return describe(scene, all_attributes(scene), np.random.default_rng([seed, STREAM, 2]))
 
 
 def answers(scene):

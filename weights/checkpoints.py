@@ -123,7 +123,7 @@ def check_tensors(want, have, stage, path):
 
 
 class WithoutWeights(TorchFunctionMode):
-    """Within it networks are built without initial values, of at most `most` numbers in all.
+    """Within it networks are built without initial values. Raises ValueError beyond `most` numbers.
 
     Memory that no value was written to takes no room. The meta device would do as well, but its
     arithmetic imports torch._dynamo, which takes longer than loading the shipped weights.
