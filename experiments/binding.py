@@ -88,8 +88,8 @@ def verdicts(images, pairs):
 
 def decided(observed):
     """The share of right verdicts among right and swapped ones."""
-    told = [v for v in observed if not math.isnan(v)]
-    return float(np.mean(told)) if told else math.nan
+    clear = [v for v in observed if not math.isnan(v)]
+    return float(np.mean(clear)) if clear else math.nan
 
 
 def measure(stack, args):
@@ -104,9 +104,9 @@ def measure(stack, args):
         captions = [f"{phrase(*one)} and {phrase(*other)}" for one, other in pairs]
         heads = heads or captions
         scenes = true_scenes(captions, 1000 + seed)
-        z_i, told = embed(stack, scenes), z_t(stack, captions)
+        z_i, z_t_of = embed(stack, scenes), z_t(stack, captions)
         known = references(stack, captions, 2000 + seed)
-        add("CLIP", (preference(z_i, told[:, None]) > 0).double().tolist())
+        add("CLIP", (preference(z_i, z_t_of[:, None]) > 0).double().tolist())
         add("z_i", (preference(z_i, known) > 0).double().tolist())
         drawn = {name: draw(stack, captions, seed, kind) for name, kind in (("diffusion", "diffusion"), ("AR", "ar"))}
         for name in drawn:
@@ -114,8 +114,8 @@ def measure(stack, args):
         decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions),
                      "diffusion chain": (drawn["diffusion"], captions), "AR chain": (drawn["AR"], captions)}
         first.setdefault("true", to_images(scenes))
-        for link, (z, said) in decodings.items():
-            images = decode(stack, z, said, seed, steps=args.steps)
+        for link, (z, heard) in decodings.items():
+            images = decode(stack, z, heard, seed, steps=args.steps)
             add(link, verdicts(images, pairs))
             first.setdefault(link, images)
     share = lambda value: lambda observed: float(np.mean([v == value for v in observed]))
@@ -129,11 +129,11 @@ def conclusions(rows):
 
     The latter compares right pairs among all pictures.
     """
-    said = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
+    sentences = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
             for link in ("CLIP", "z_i", "diffusion prior", "AR prior")]
-    right, alone, told = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
-    said.append(conclude("… with the caption, against without", right(told), right(alone), "more", "fewer"))
-    return said + [conclude(f"Right pairs from the {name} prior's z_i, against the true picture's", right(f"{name} chain"), right(told),
+    right, alone, both = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
+    sentences.append(conclude("… with the caption, against without", right(both), right(alone), "more", "fewer"))
+    return sentences + [conclude(f"Right pairs from the {name} prior's z_i, against the true picture's", right(f"{name} chain"), right(both),
                             "more", "fewer") for name in ("diffusion", "AR")]
 
 

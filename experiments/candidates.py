@@ -66,19 +66,19 @@ def measure(stack, args):
     shapes = [shape for shape in SHAPES for _ in range(args.n)]
     simple = [f"a {shape}" for shape in shapes]
 
-    def read(z_i):
+    def attributes_of(z_i):
         found = {name: [READ[name][k] for k in probe(z_i)] for name, probe in probes.items()}
         return [(shape, dict(zip(READ, values))) for shape, *values in zip(shapes, *found.values())]
 
     for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
         captions.append(twice[::2])
-        drawn.setdefault("true", []).append(read(embed(stack, true_scenes(simple, 1000 + seed))))
+        drawn.setdefault("true", []).append(attributes_of(embed(stack, true_scenes(simple, 1000 + seed))))
         for count in args.draws:
             z_i = draw(stack, twice, seed, "diffusion", candidates=count)
-            seen = observe(decode(stack, z_i, twice, seed, steps=args.steps), twice)
-            groups.setdefault(count, []).append(list(zip(seen[::2], seen[1::2])))
-            drawn.setdefault(count, []).append(read(draw(stack, simple, 1000 + seed, "diffusion", candidates=count)))
+            observed = observe(decode(stack, z_i, twice, seed, steps=args.steps), twice)
+            groups.setdefault(count, []).append(list(zip(observed[::2], observed[1::2])))
+            drawn.setdefault(count, []).append(attributes_of(draw(stack, simple, 1000 + seed, "diffusion", candidates=count)))
     measured, skews = quality(captions), {count: {"skew": jackknife(skew, some)} for count, some in drawn.items()}
     return {str(count): measured(groups[count]) | skews[count] for count in args.draws}, skews["true"]
 

@@ -193,15 +193,15 @@ def parse_caption(caption):
     """
     words = re.findall("[a-z]+", caption.lower().replace("grey", "gray"))
     kind = {value: attribute for attribute, values in VALUES.items() for value in values}
-    things, ends, said = [], [], {}
+    things, ends, named = [], [], {}
     for k, word in enumerate(words):
         if word in kind:
-            said[kind[word]] = word
+            named[kind[word]] = word
         if word in SHAPES:
-            things.append(Thing(**{attribute: said.get(attribute) for attribute in VALUES}))
+            things.append(Thing(**{attribute: named.get(attribute) for attribute in VALUES}))
             ends.append(k)
         if word in (*SHAPES, "a", "an", "the"):  # the next thing's words begin
-            said = {}
+            named = {}
     if not things:
         raise UserError(f'caption "{caption}": names none of the shapes {", ".join(SHAPES)}')
     said_of_it = rf"\b(?:on|with|against) (?:an? |the )?({'|'.join(BACKGROUNDS)})\b(?! (?:{'|'.join(kind)})\b)"
@@ -215,33 +215,33 @@ def parse_caption(caption):
 
 def score(picture, caption):
     """judge's verdicts on a picture and a caption. Raises errors of read_scene, parse_caption."""
-    said = parse_caption(caption)
-    return judge(read_scene(picture), said)
+    asked = parse_caption(caption)
+    return judge(read_scene(picture), asked)
 
 
-def judge(found, said):
+def judge(found, asked):
     """{attribute: does the found scene have it as in the parsed caption?}, for attributes it names.
 
     Found things are matched with the caption's things so that most attributes are right, shapes
     first. "bound": every shape and every named colour is on the right thing. "all": everything at
     once.
     """
-    missing = (None,) * (len(said.things) - len(found.things))
+    missing = (None,) * (len(asked.things) - len(found.things))
 
     def verdicts(matched):
         right = {}
         for attribute in VALUES:
-            pairs = [(getattr(s, attribute), getattr(f, attribute, None)) for s, f in zip(said.things, matched)]
+            pairs = [(getattr(s, attribute), getattr(f, attribute, None)) for s, f in zip(asked.things, matched)]
             right[attribute] = [s == f for s, f in pairs if s]
-        right["relation"] = [None not in matched and relation_of(*matched) == said.relation] if said.relation else []
+        right["relation"] = [None not in matched and relation_of(*matched) == asked.relation] if asked.relation else []
         return right
 
-    right = max(map(verdicts, permutations(found.things + missing, len(said.things))),
+    right = max(map(verdicts, permutations(found.things + missing, len(asked.things))),
                 key=lambda right: (sum(map(sum, right.values())), sum(right["shape"])))
-    result = {"count": len(found.things) == len(said.things)}
+    result = {"count": len(found.things) == len(asked.things)}
     result |= {attribute: all(each) for attribute, each in right.items() if each}
-    if said.background:
-        result["background"] = found.background == said.background
+    if asked.background:
+        result["background"] = found.background == asked.background
     result["bound"] = result["shape"] and result.get("colour", True)
     return result | {"all": all(result.values())}
 
@@ -288,13 +288,13 @@ def contact_sheet(scores, columns=6, most=60):
     return sheet
 
 
-def scene_of(said, rng):
+def scene_of(asked, rng):
     """A random Scene of a parsed caption. Open attributes are drawn as in training."""
     while True:
-        things = tuple(replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)}) for t in said.things)
-        relation = said.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
-        scene = Scene(things, relation, said.background or pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
-        if not is_held_out(scene) or is_held_out(said):
+        things = tuple(replace(t, **{a: pick(rng, values) for a, values in VALUES.items() if not getattr(t, a)}) for t in asked.things)
+        relation = asked.relation or (pick(rng, tuple(RELATIONS)) if len(things) == 2 else None)
+        scene = Scene(things, relation, asked.background or pick(rng, tuple(BACKGROUNDS)), rng.uniform(-0.06, 0.06))
+        if not is_held_out(scene) or is_held_out(asked):
             return lay_out(scene, rng)
 
 

@@ -1,6 +1,6 @@
 """Shared by the experiments on the paper's claims: pictures, standard errors, conclusions, charts.
 
-An observation is one picture and its reading: {"said": the parsed caption, "found": the scene read
+An observation is one picture and its reading: {"asked": the parsed caption, "found": the scene read
 from pixels, "right": verdicts, "image": (3, 64, 64) in [-1, 1]}. An experiment collects one list of
 observations per seed, for each of its settings. All settings share captions and noise, so only the
 setting makes a difference. Each number becomes a list of jackknife pseudo-values, one per seed.
@@ -136,8 +136,8 @@ def observe(images, captions):
     """Observations of images (n, 3, 64, 64) of n captions, read from their pixels."""
     result = []
     for image, caption in zip(images, captions):
-        said, found = parse_caption(caption), read_scene(sample.to_picture(image))
-        result.append({"said": said, "found": found, "right": judge(found, said), "image": image})
+        asked, found = parse_caption(caption), read_scene(sample.to_picture(image))
+        result.append({"asked": asked, "found": found, "right": judge(found, asked), "image": image})
     return result
 
 
@@ -196,21 +196,21 @@ def fidelity(captions, least=1000):
     scenes = [true_scenes(some * -(-least // sum(map(len, captions))), 3000 + seed) for seed, some in enumerate(captions)]
     features = [list(random_features(to_images(some))) for some in scenes]
     unit, shown = torch.stack(sum(features, [])).var(0).sum().sqrt(), [list(map(attributes, some)) for some in scenes]
-    seen_features = lambda seen: random_features(torch.stack([o["image"] for o in seen])) / unit
-    return {"distance, attributes": lambda groups: jackknife(lambda seen, true: frechet(
-                torch.stack([attributes(o["found"]) for o in seen]), torch.stack(true)), groups, shown),
-            "distance, features": lambda groups: jackknife(lambda seen, true: frechet(
-                seen_features(seen), torch.stack(true) / unit), groups, features)}
+    features_of = lambda observed: random_features(torch.stack([o["image"] for o in observed])) / unit
+    return {"distance, attributes": lambda groups: jackknife(lambda observed, true: frechet(
+                torch.stack([attributes(o["found"]) for o in observed]), torch.stack(true)), groups, shown),
+            "distance, features": lambda groups: jackknife(lambda observed, true: frechet(
+                features_of(observed), torch.stack(true) / unit), groups, features)}
 
 
-def matched(said, found):
+def matched(asked, found):
     """The found things in the caption's order, by their shapes.
 
     None unless the scene shows exactly the caption's shapes.
     """
-    wanted, shapes = [thing.shape for thing in said.things], {thing.shape: thing for thing in found.things}
-    told = sorted(wanted) == sorted(str(thing.shape) for thing in found.things) and len(shapes) == len(wanted)
-    return [shapes[shape] for shape in wanted] if told else None
+    wanted, shapes = [thing.shape for thing in asked.things], {thing.shape: thing for thing in found.things}
+    clear = sorted(wanted) == sorted(str(thing.shape) for thing in found.things) and len(shapes) == len(wanted)
+    return [shapes[shape] for shape in wanted] if clear else None
 
 
 def variety(pairs):
@@ -223,16 +223,16 @@ def variety(pairs):
     """
     parts = {}
     for a, b in pairs:
-        said, count = a["said"], len(a["said"].things)
+        asked, count = a["asked"], len(a["asked"].things)
         add = lambda name, value: parts.setdefault(f"{name}, {count}", []).append(float(value))
-        one, other = matched(said, a["found"]), matched(said, b["found"])
+        one, other = matched(asked, a["found"]), matched(asked, b["found"])
         if not one or not other:
             continue
-        if not said.background:
+        if not asked.background:
             add("background", a["found"].background != b["found"].background)
-        if count == 2 and not said.relation:
+        if count == 2 and not asked.relation:
             add("relation", relation_of(*one) != relation_of(*other))
-        for t, u, v in zip(said.things, one, other):
+        for t, u, v in zip(asked.things, one, other):
             for name in ("colour", "size", "fill"):
                 if not getattr(t, name):
                     add(name, getattr(u, name) != getattr(v, name))
@@ -253,7 +253,7 @@ def diversity(captions, least=2000):
     """
     captions = captions * -(-least // len(captions))
     scenes = zip(*(true_scenes(captions, seed) for seed in range(2)))
-    world = variety([[{"said": parse_caption(c), "found": s} for s in two] for c, two in zip(captions, scenes)])
+    world = variety([[{"asked": parse_caption(c), "found": s} for s in two] for c, two in zip(captions, scenes)])
     world = {name: np.mean(values) for name, values in world.items()}
 
     def share(pairs):
@@ -269,7 +269,7 @@ def quality(captions):
     Fréchet distances for fidelity, diversity, and the share of pairs that diversity can compare.
     """
     columns, share = {"all right": right("all"), **fidelity(captions)}, diversity(sum(captions, []))
-    readable = lambda pairs: float(np.mean([all(matched(o["said"], o["found"]) is not None for o in pair) for pair in pairs]))
+    readable = lambda pairs: float(np.mean([all(matched(o["asked"], o["found"]) is not None for o in pair) for pair in pairs]))
 
     def measured(groups):
         flat = [[o for pair in pairs for o in pair] for pairs in groups]

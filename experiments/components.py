@@ -93,9 +93,9 @@ def conclusions(early):
     """
     of = {name: row["how early"] for name, row in early.items()}
     come = sorted((name for name in of if not np.isnan(of[name]).any()), key=lambda name: -np.mean(of[name]))
-    said = [f"Not recovered for sure, however many components: {', '.join(n for n in of if n not in come) or 'none'}.",
+    sentences = [f"Not recovered for sure, however many components: {', '.join(n for n in of if n not in come) or 'none'}.",
             f"In the order of their means: {', '.join(come) or 'none'}."]
-    return said + [conclude(f"{a} before {b}", of[a], of[b], "earlier", "later") for a, b in QUESTIONS if {a, b} <= set(come)]
+    return sentences + [conclude(f"{a} before {b}", of[a], of[b], "earlier", "later") for a, b in QUESTIONS if {a, b} <= set(come)]
 
 
 def main():

@@ -38,9 +38,9 @@ def named(stack, scenes, captions):
 
     The label is the nearest of the 42 captions "a colour shape" to z_i.
     """
-    told = z_t(stack, [phrase(c, s) for c, s in ALL])
+    z_t_all = z_t(stack, [phrase(c, s) for c, s in ALL])
     result = []
-    for best, caption in zip((embed(stack, scenes) @ told.T).argmax(1).tolist(), captions):
+    for best, caption in zip((embed(stack, scenes) @ z_t_all.T).argmax(1).tolist(), captions):
         _, colour, shape = caption.split()
         verdict = {"colour": ALL[best][0] == colour, "shape": ALL[best][1] == shape}
         result.append({"right": verdict | {"bound": all(verdict.values())}})
@@ -49,10 +49,10 @@ def named(stack, scenes, captions):
 
 def measure(stack, args):
     """({"link, kind": {column: pseudo-values}}, {kind: a picture of the first seed})."""
-    seen, sheets = {}, {}
+    observations, sheets = {}, {}
 
     def add(name, observed):
-        seen.setdefault(name, []).append(observed)
+        observations.setdefault(name, []).append(observed)
 
     for seed in seeds(args):
         for kind, pairs in (("never trained", NEW), ("trained", TRAINED)):
@@ -63,14 +63,14 @@ def measure(stack, args):
             decodings = {"decoder": (embed(stack, scenes), [""] * args.n)} | {
                 f"{name} chain": (draw(stack, captions, seed, prior), captions) for name, prior in
                 (("diffusion", "diffusion"), ("AR", "ar"))}
-            for link, (z_i, said) in decodings.items():
-                images = decode(stack, z_i, said, seed, steps=args.steps)
+            for link, (z_i, heard) in decodings.items():
+                images = decode(stack, z_i, heard, seed, steps=args.steps)
                 add(f"{link}, {kind}", observe(images, captions))
                 first[f"{link}, {kind}"] = images
             if kind not in sheets:
                 sheets[kind] = gallery(first, captions)
     columns = {"both": right("bound"), "colour": right("colour"), "shape": right("shape")}
-    rows = {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}
+    rows = {name: {c: column(groups) for c, column in columns.items()} for name, groups in observations.items()}
     return dict(sorted(rows.items(), key=lambda row: list(rows).index(row[0].replace("never trained", "trained")))), sheets
 
 

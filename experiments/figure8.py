@@ -32,7 +32,7 @@ def measure(stack, args, others):
 
     others: {a kind of z_i: a decoder trained on it}.
     """
-    seen, first, captions = {}, {}, []
+    observations, first, captions = {}, {}, []
     for seed in seeds(args):
         some = captions_of(args.n, seed)
         captions.append(some)
@@ -42,20 +42,20 @@ def measure(stack, args, others):
         given |= {TRAINED.format(name): (stack | {"decoder": other}, z_i[name]) for name, other in others.items()}
         for name, (networks, z) in given.items():
             images = decode(networks, z, some, seed, steps=args.steps)
-            seen.setdefault(name, []).append(observe(images, some))
+            observations.setdefault(name, []).append(observe(images, some))
             first.setdefault(name, images)
     columns = {name: right(name) for name in ("all", "bound", "count", "shape", "colour", "relation")} | fidelity(captions)
-    return {name: {c: column(groups) for c, column in columns.items()} for name, groups in seen.items()}, gallery(first, captions[0])
+    return {name: {c: column(groups) for c, column in columns.items()} for name, groups in observations.items()}, gallery(first, captions[0])
 
 
 def conclusions(rows):
     """The diffusion prior's z_i against each replacement, and against a true picture's z_i."""
-    best, said = "diffusion prior", []
+    best, sentences = "diffusion prior", []
     for other in [name for name in rows if name != best]:
-        said += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
+        sentences += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
                  for c, what in (("all", "Captions shown"), ("distance, attributes", "Distance of what is shown"),
                                  ("distance, features", "Distance of features"))]
-    return said
+    return sentences
 
 
 def main():

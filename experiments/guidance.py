@@ -39,7 +39,7 @@ def measure(models, args):
     models: {name: (stack, kind of z_i)}.
     """
     groups, true, captions = {}, [], []
-    pairs = lambda seen: list(zip(seen[::2], seen[1::2]))
+    pairs = lambda observed: list(zip(observed[::2], observed[1::2]))
     for seed in seeds(args):
         twice = [caption for caption in captions_of(args.n, seed) for _ in range(2)]
         captions.append(twice[::2])
@@ -70,9 +70,9 @@ def conclusions(rows):
     names = {"all right": f"Captions shown, unCLIP against the {other}",
              "distance, features": f"Distance from true pictures (features), unCLIP against the {other}",
              "diversity": f"Diversity, unCLIP against the {other}"}
-    said = [conclude(what, mean(unclip, c), mean(alone, c), "higher", "lower") for c, what in names.items()]
+    sentences = [conclude(what, mean(unclip, c), mean(alone, c), "higher", "lower") for c, what in names.items()]
     lost = [np.subtract(s[0]["diversity"], s[-1]["diversity"]) for s in (unclip, alone)]
-    return said + [conclude(f"Diversity lost from the lowest to the highest guidance, unCLIP against the {other}", *lost)]
+    return sentences + [conclude(f"Diversity lost from the lowest to the highest guidance, unCLIP against the {other}", *lost)]
 
 
 def main():

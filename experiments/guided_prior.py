@@ -33,8 +33,8 @@ def measure(stack, args):
         z_i = {guided: draw(stack, twice, seed, "diffusion", scale[guided]) for guided in scale}
         for name, (in_prior, in_decoder) in SETTINGS.items():
             images = decode(stack, z_i[in_prior], twice, seed, scale[in_decoder], args.steps)
-            seen = observe(images, twice)
-            groups[name].append(list(zip(seen[::2], seen[1::2])))
+            observed = observe(images, twice)
+            groups[name].append(list(zip(observed[::2], observed[1::2])))
     measured = quality(captions)
     return {name: measured(groups[name]) for name in SETTINGS}
 
@@ -52,14 +52,14 @@ def conclusions(rows):
 
     The effect is the mean over guiding and not guiding the other.
     """
-    said = [conclude(f"Guiding the prior beside a guided decoder, {column}", rows["both"][column], rows["decoder"][column], "higher",
+    sentences = [conclude(f"Guiding the prior beside a guided decoder, {column}", rows["both"][column], rows["decoder"][column], "higher",
                      "lower") for column in rows["neither"]]
     for what, guided, free in (("the prior", ("prior", "both"), ("neither", "decoder")),
                                ("the decoder", ("decoder", "both"), ("neither", "prior"))):
         mean = lambda names, column: np.mean([rows[name][column] for name in names], 0)
-        said += [conclude(f"Guiding {what}, {column}", mean(guided, column), mean(free, column), "higher", "lower")
+        sentences += [conclude(f"Guiding {what}, {column}", mean(guided, column), mean(free, column), "higher", "lower")
                  for column in rows["neither"]]
-    return said
+    return sentences
 
 
 def main():

@@ -114,15 +114,15 @@ def rivals(scene):
 
 def preferred(stack, scenes, z_i):
     """{name of a rival: (how often z_i (n, d) prefers its own caption to the rival's, scenes)}."""
-    def read(some):  # captions name everything, in the same wording
+    def embed_captions(some):  # captions name everything, in the same wording
         return draw(stack, [describe(scene, all_attributes(scene), np.random.default_rng(k)) for k, scene in some], 0, {})[0]
 
-    own, result = (z_i * read(enumerate(scenes))).sum(1), {}
+    own, result = (z_i * embed_captions(enumerate(scenes))).sum(1), {}
     others = [rivals(scene) for scene in scenes]
     for name in ("relation inverted", *(f"{a} swapped" for a in VALUES), *(f"{place} {a} changed" for place in PLACES for a in VALUES)):
         some = [(k, each[name]) for k, each in enumerate(others) if name in each]
         rows = [k for k, _ in some]
-        result[name] = (float((own[rows] > (z_i[rows] * read(some)).sum(1)).double().mean()), len(rows))
+        result[name] = (float((own[rows] > (z_i[rows] * embed_captions(some)).sum(1)).double().mean()), len(rows))
     return result
 
 

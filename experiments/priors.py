@@ -70,8 +70,8 @@ def trained_on(path, stage):
     return {caption for _, captions in tqdm(loader, f"captions of {stage}") for caption in captions}
 
 
-def unseen_captions(n, seed, seen):
-    """n captions of random scenes, without those in `seen`.
+def unseen_captions(n, seed, used):
+    """n captions of random scenes, without those in `used`.
 
     The omitted captions are mostly short, since there are few short ones.
     """
@@ -79,16 +79,16 @@ def unseen_captions(n, seed, seen):
     while len(captions) < n:
         scene = random_scene(rng)
         caption = describe(scene, attributes_in_caption(scene, rng), rng)
-        captions += [caption] if caption not in seen else []
+        captions += [caption] if caption not in used else []
     return captions
 
 
-def fits(scene, said):
+def fits(scene, asked):
     """Does a scene fit a parsed caption?"""
-    if len(scene.things) != len(said.things) or said.background not in (None, scene.background):
+    if len(scene.things) != len(asked.things) or asked.background not in (None, scene.background):
         return False
-    return any(all(getattr(s, a) in (None, getattr(t, a)) for s, t in zip(said.things, things) for a in VALUES)
-               and (not said.relation or relation_of(*things) == said.relation) for things in permutations(scene.things))
+    return any(all(getattr(s, a) in (None, getattr(t, a)) for s, t in zip(asked.things, things) for a in VALUES)
+               and (not asked.relation or relation_of(*things) == asked.relation) for things in permutations(scene.things))
 
 # ----------------------------------------------------------------------------- embeddings
 
@@ -166,7 +166,7 @@ def off(z, true):
     return float(one), float(((z.mean(1) - mean[:, 0]).norm(dim=1) / variance.sqrt()).mean())
 
 
-def measure(stack, seed, n, seen, shift):
+def measure(stack, seed, n, used, shift):
     """All numbers of one seed.
 
     {"priors": {row: {column: number}}, "variances": {"steps, variance": Fréchet}}.
@@ -177,7 +177,7 @@ def measure(stack, seed, n, seen, shift):
                    stack["ar-prior"], text, null, noise, percentile=0),
                "z_t shifted": lambda text, null, noise: F.normalize(text["z_t"] + shift, dim=1),
                "z_t": lambda text, null, noise: text["z_t"]}
-    captions, rng = unseen_captions(n, seed, seen), np.random.default_rng([seed, 1 << 51])
+    captions, rng = unseen_captions(n, seed, used), np.random.default_rng([seed, 1 << 51])
 
     def with_truth(captions, seed):
         """The result of draw, with one more method "true": other scenes of the same captions."""
@@ -186,8 +186,8 @@ def measure(stack, seed, n, seen, shift):
         coded = codes.decode(codes.encode(true.to(codes.mean.device))).cpu()
         return z_t, z_i | {"true": true, "true, as codes": coded}, seconds
 
-    said = [parse_caption(caption) for caption in captions]
-    scenes = [scene_of(s, rng) for s in said]
+    asked = [parse_caption(caption) for caption in captions]
+    scenes = [scene_of(s, rng) for s in asked]
     reference = embed(stack, scenes)
     z_t, z_i, seconds = with_truth(captions, seed)
     few = [caption for caption in captions[:100] for _ in range(32)]
@@ -199,7 +199,7 @@ def measure(stack, seed, n, seen, shift):
     for name in ROWS:
         near = (z_i[name][:1000] @ reference[:1000].T).argmax(1).tolist()
         rows[name] = {"cosine with z_t": float((z_i[name] * z_t).sum(1).mean()),
-                      "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, said)])),
+                      "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, asked)])),
                       "Fréchet": 1000 * frechet(z_i[name], reference),
                       **dict(zip(DISTANCES, off(group(few[name], 32), group(true_few, 32)))),
                       "diversity": float((spread_out(group(many[name], 64)) / spread_out(group(true_many, 64))).mean()),
@@ -252,17 +252,17 @@ def main():
         if not 1 <= args.seeds <= 1000 or not 2 <= args.n <= 10 ** 6:
             raise UserError("--seeds must be between 1 and 1000, --n between 2 and 1000000")
         stack = load(args.weights, pick_device(args.device))
-        seen = set().union(*(trained_on(args.weights / f"{stage}.pt", stage) for stage in ("prior", "ar-prior")))
+        used = set().union(*(trained_on(args.weights / f"{stage}.pt", stage) for stage in ("prior", "ar-prior")))
         rng = np.random.default_rng(1 << 52)
         scenes = [random_scene(rng) for _ in range(2000)]
         z_t = draw(stack, [describe(s, attributes_in_caption(s, rng), rng) for s in scenes], 0, {})[0]
         shift = (embed(stack, scenes).mean(0) - z_t.mean(0)).to(stack["clip"].logit_scale.device)
         results = []
         for seed in tqdm(range(args.seeds), "seeds"):
-            results.append(measure(stack, seed, args.n, seen, shift))
+            results.append(measure(stack, seed, args.n, used, shift))
             if args.json:  # keep finished seeds
                 args.json.write_text(json.dumps({"captions": args.n, "results": results}, indent=1, ensure_ascii=False), "utf-8")
-        print(f"{args.n:,} captions, {args.seeds} seeds, on {stack['clip'].logit_scale.device}; {len(seen):,} captions of the "
+        print(f"{args.n:,} captions, {args.seeds} seeds, on {stack['clip'].logit_scale.device}; {len(used):,} captions of the "
               f"training avoided\n\n{report(results)}")
 
 

@@ -84,7 +84,7 @@ def measure(stack, args, steps):
     steps: those of the diffusion prior at equal time.
     """
     kinds = {"AR": ("ar", None), "diffusion": ("diffusion", None), "diffusion, AR's time": ("diffusion", steps)}
-    seen, z, seconds, true, first, captions = ({k: [] for k in kinds}, {k: [] for k in kinds}, {k: [] for k in kinds}, [], {}, [])
+    observations, z, seconds, true, first, captions = ({k: [] for k in kinds}, {k: [] for k in kinds}, {k: [] for k in kinds}, [], {}, [])
     for seed in seeds(args):
         many = captions_of(MORE * args.n, seed)
         some = many[:args.n]
@@ -96,12 +96,12 @@ def measure(stack, args, steps):
             seconds[name].append((time.perf_counter() - began) * 1000 / len(many))
             images = decode(stack, z_i[:args.n], some, seed, steps=args.steps)
             z[name].append(list(z_i))
-            seen[name].append(observe(images, some))
+            observations[name].append(observe(images, some))
             first.setdefault(name, images)
     columns = {"all right": right("all"), **fidelity(captions)}
     distance = lambda z_i, true: 1000 * frechet(torch.stack(z_i), torch.stack(true))
     return {name: {"seconds for 1,000": seconds[name], "distance of z_i, ×1000": jackknife(distance, z[name], true)}
-            | {c: column(seen[name]) for c, column in columns.items()} for name in kinds}, gallery(first, captions[0])
+            | {c: column(observations[name]) for c, column in columns.items()} for name in kinds}, gallery(first, captions[0])
 
 
 def conclusions(rows):
@@ -117,13 +117,13 @@ def balance(costs):
     costs: {stage: (steps, operations of one)}.
     """
     totals = {stage: steps * each for stage, (steps, each) in costs.items()}
-    said = "; ".join(f"{stage} {steps:,} steps of {each / 1e9:,.1f} GFLOP, {totals[stage] / 1e12:,.0f} TFLOP in all"
+    spent = "; ".join(f"{stage} {steps:,} steps of {each / 1e9:,.1f} GFLOP, {totals[stage] / 1e12:,.0f} TFLOP in all"
                      for stage, (steps, each) in costs.items())
     less, more = sorted(totals, key=totals.get)
     ratio = totals[more] / totals[less]
     if ratio < 1.25:
-        return f"Training: {said}: {more} {ratio:.2f} times as much, so what follows is at nearly equal training compute."
-    return (f"Training: {said}: {more} {ratio:.2f} times as much. Equal to {less} would be {more} trained for "
+        return f"Training: {spent}: {more} {ratio:.2f} times as much, so what follows is at nearly equal training compute."
+    return (f"Training: {spent}: {more} {ratio:.2f} times as much. Equal to {less} would be {more} trained for "
             f"{round(totals[less] / costs[more][1]):,} steps; what follows is not at equal training compute.")
 
 
@@ -143,14 +143,14 @@ def main():
         stack = load(args, prior_kind="none")
         paths = {"prior": args.prior or args.weights / "prior.pt", "ar-prior": args.ar_prior or args.weights / "ar-prior.pt"}
         stack |= {stage: load_network(path, stage, stack) for stage, path in paths.items()}
-        said = balance({stage: training(path, stage, stack) for stage, path in paths.items()})
+        spent = balance({stage: training(path, stage, stack) for stage, path in paths.items()})
         ar, full, steps = equal_steps(stack, captions_of(64, 0))
         steps = args.equal_steps or steps
-        print(f"{said}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; the last row has {steps} of its steps.\n",
+        print(f"{spent}\nSampling 64 z_i: AR {ar:.2f} s, diffusion {full:.2f} s; the last row has {steps} of its steps.\n",
               flush=True)
         rows, picture = measure(stack, args, steps)
         show(rows, "prior")
-        finish(args, conclusions(rows), picture, training=said, steps=steps, rows=rows)
+        finish(args, conclusions(rows), picture, training=spent, steps=steps, rows=rows)
 
 
 if __name__ == "__main__":

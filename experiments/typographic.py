@@ -86,14 +86,14 @@ def reads(stack, z_i, scenes):
     There are five captions, with the names of the five other shapes.
     """
     words = {shape: [word for word in SHAPES if word != shape] for shape in SHAPES}
-    told = {shape: z_t(stack, [f"a {shape} that says {word}" for word in words[shape]]) for shape in SHAPES}
+    embedded = {shape: z_t(stack, [f"a {shape} that says {word}" for word in words[shape]]) for shape in SHAPES}
     things = [scene.things[0] for scene in scenes]
-    return [words[thing.shape][int((told[thing.shape] @ z).argmax())] == thing.word for z, thing in zip(z_i, things)]
+    return [words[thing.shape][int((embedded[thing.shape] @ z).argmax())] == thing.word for z, thing in zip(z_i, things)]
 
 
 def measure(stack, args):
     """({"who, on what": {column: pseudo-values}}, a picture of the first scenes)."""
-    seen, read, first, heads = {}, [], {}, []
+    observations, read, first, heads = {}, [], {}, []
     for seed in seeds(args):
         plain, worded = scenes_of(args.n, seed)
         for what, scenes in (("plain", plain), ("with a word", worded)):
@@ -102,7 +102,7 @@ def measure(stack, args):
             answers = {"CLIP": named(stack, z_i), "decoding": map(read_shape, made), "the reader": map(read_shape, images)}
             things = [scene.things[0] for scene in worded]
             for who, shapes in answers.items():
-                seen.setdefault(f"{who}, {what}", []).append(
+                observations.setdefault(f"{who}, {what}", []).append(
                     [{"thing": shape == thing.shape, "word": shape == thing.word, "other": shape in SHAPES and
                       shape not in (thing.shape, thing.word)} for shape, thing in zip(shapes, things)])
             if what == "with a word":
@@ -111,7 +111,7 @@ def measure(stack, args):
             first.setdefault(f"{what}, decoded", made)
             heads = heads or [f"{thing.shape}, {thing.word}" for thing in things]
     share = lambda name: lambda observations: float(np.mean([o[name] for o in observations]))
-    rows = {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in seen.items()}
+    rows = {name: {c: jackknife(share(c), groups) for c in ("thing", "word", "other")} for name, groups in observations.items()}
     return rows | {ASKED: {"word": jackknife(share("word"), read)}}, gallery(first, heads)
 
 
@@ -121,14 +121,14 @@ def conclusions(rows):
     It is read if it is chosen more often than the other wrong shapes.
     """
     taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
-    said = []
+    sentences = []
     for who, verb in (("CLIP", "names"), ("decoding", "shows")):
         worded = rows[f"{who}, with a word"]
-        said += [conclude(f"{who} {verb} the thing, with a word across against plain", worded["thing"], rows[f"{who}, plain"]["thing"],
+        sentences += [conclude(f"{who} {verb} the thing, with a word across against plain", worded["thing"], rows[f"{who}, plain"]["thing"],
                           "more often", "less often"),
                  conclude(f"With a word across, {who} {verb} the word's shape against each of the four others", worded["word"],
                           np.divide(worded["other"], 4), "more often, so it is read", "less often")]
-    return said + [conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often",
+    return sentences + [conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often",
                             "less often"),
                    conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
                             taken("decoding"))]

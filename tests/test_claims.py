@@ -113,7 +113,7 @@ def test_true_pictures_are_at_distance_0_from_the_world_and_damaged_ones_further
 def test_true_pairs_are_as_diverse_as_the_world_copies_are_not_and_half_copies_are_by_half():
     share = common.diversity(OPEN)
     scenes = [true_scenes(OPEN * 200, seed) for seed in (11, 12)]
-    pair = lambda caption, *two: [{"said": parse_caption(caption), "found": scene} for scene in two]
+    pair = lambda caption, *two: [{"asked": parse_caption(caption), "found": scene} for scene in two]
     true = [pair(c, a, b) for c, a, b in zip(OPEN * 200, *scenes)]
     copies = [[a, a] for a, _ in true]
     assert share(true) == pytest.approx(1, abs=0.05) and share(copies) == 0
@@ -127,12 +127,12 @@ def test_what_a_caption_says_is_not_counted_as_diversity():
             "a small solid red heart left of a large striped blue star on pink": {"place", "radius", "tilt"},
             "a small solid red heart and a large striped blue star on pink": {"relation", "place", "radius", "tilt"}}
     for caption, open_ in said.items():
-        pairs = [[{"said": parse_caption(caption), "found": s} for s in true_scenes([caption] * 2, seed)] for seed in range(30)]
+        pairs = [[{"asked": parse_caption(caption), "found": s} for s in true_scenes([caption] * 2, seed)] for seed in range(30)]
         assert {name.split(",")[0] for name in common.variety(pairs)} == open_
 
 
 def test_variety_of_true_pairs_is_that_of_the_worlds_uniform_numbers():
-    seen = [{"said": parse_caption("a square"), "found": scene} for scene in true_scenes(["a square"] * 3000, 50)]
+    seen = [{"asked": parse_caption("a square"), "found": scene} for scene in true_scenes(["a square"] * 3000, 50)]
     found = {name: np.mean(values) for name, values in common.variety(list(zip(seen[::2], seen[1::2]))).items()}
     width = {"small": 0.02, "large": 0.03}  # of the radii in each size; tilts are within 12 degrees
     want = {"colour, 1": 6 / 7, "size, 1": 1 / 2, "fill, 1": 1 / 2, "background, 1": 3 / 4, "tilt, 1": 24 ** 2 / 12,
