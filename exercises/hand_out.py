@@ -17,7 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from catalogue import EXERCISES, choose, rows
+from catalogue import choose, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
