@@ -409,7 +409,7 @@ def test_clip_meets_near_misses_alone_for_a_while_but_not_on_a_folders_pictures(
 
 
 def test_clips_places_and_projections_do_not_decay_and_the_toys_projections_begin_larger(tiny):  # noqa: F811
-    """Else CLIP loses places, and directions of z_i (docs/weights.md). Vectors of tokens decay with the matrices."""
+    """Else CLIP loses places, and directions of z_i (docs/trials.md). Vectors of tokens decay with the matrices."""
     run = train.build("clip", train.prepare("clip", tiny, CPU))
     names = {id(p): name for name, p in run.model.named_parameters()}
     free = {names[id(p)] for p in run.optimizer.param_groups[1]["params"] if p.ndim > 1}
