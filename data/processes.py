@@ -4,6 +4,7 @@ torchrun starts one process for each GPU; each draws and trains on its share of 
 """
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -118,7 +119,9 @@ def make_once(path, read, write):
             try:
                 lock(file)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                    break  # a file system without locks
                 if not waits:
                     print(f"{path}: waiting for another process that writes it", file=sys.stderr)
                 waits = True
