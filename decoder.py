@@ -48,8 +48,8 @@ class DecoderConfig:
     guidance: float = 2.0            # of sampling (table 2: 1.25; Karlo: 8)
     steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
     ladder_power: float = 1.0        # their spacing (ladder)
-    candidates: int = 1              # sample.py draws so many at most, and keeps the best
-    enough: float = 1.2              # it stops at a sample.surprise below this
+    candidates: int = 1              # sample.py keeps the best of so many at most
+    enough: float = 1.2              # stops at a sample.surprise below this
     float32: bool = False            # ᾱ rounded in sampling (Karlo)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
@@ -312,7 +312,7 @@ class Decoder(nn.Module):
             lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
             places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
             h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)
-        h = self.conv_in(h)  # (B, channels, H / patch_size, W / patch_size)
+        h = self.conv_in(h)  # (B, channels, H/patch_size, W/patch_size)
         skips = [h]
         for blocks in self.down:
             h = run(blocks, h)
@@ -508,10 +508,10 @@ def main():
     add("picture", help="any; cropped to a square")
     add("--caption", default="", help="of the picture")
     add("--weights", type=Path, default=here, help="with clip.pt, decoder.pt")
-    add("--steps", type=int, default=50, help="each way")
+    add("--steps", type=int, default=50, help="each way (50)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", type=Path, default=Path("decoder.png"), help="the strip")
+    add("--out", type=Path, default=Path("decoder.png"), help="strip (decoder.png)")
     args = parser.parse_args()
     import clip_embed as ce
     from weights.checkpoints import check_out, fingerprint, load_model, read_checkpoint

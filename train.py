@@ -579,8 +579,8 @@ def parse_arguments():
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
     add("--clip", metavar="PATH", help="use this CLIP, frozen")
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-    add("--steps", type=int, help="total (default of the three: the recipe's)")
-    add("--batch-size", type=int, help="of all processes together")
+    add("--steps", type=int, help="in all (default of the three: the recipe's)")
+    add("--batch-size", type=int, help="rows, of all processes together")
     add("--learning-rate", type=float, help="its peak")
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "
         "beside the caption (default z_i; z_t: §5.1; caption: none, GLIDE)")

@@ -384,7 +384,7 @@ def main():
     add("--weights", type=Path, default=here, help="folder of checkpoints")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--out", type=Path, default=Path("upsample.png"), help="bicubic and upsampled picture")
+    add("--out", type=Path, default=Path("upsample.png"), help="both pictures (upsample.png)")
     args = parser.parse_args()
     import clip_embed as ce
     from weights.checkpoints import check_out, load_model, read_checkpoint

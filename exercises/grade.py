@@ -8,7 +8,7 @@ here, against closed forms, properties and this repository's own results (checks
 gain any by ending early, looping, crashing or starting processes, and one file's mistakes cost only its own exercises: the other
 stage files that it imports are blank ones, and other exercises' functions, where an exercise's code calls them, are this
 repository's. The submission runs as the same user, however, and can read and change every file that you can: grade what you do
-not trust in a container (INSTRUCTOR.md). Linux and macOS.
+not trust in a container (INSTRUCTOR.md). Linux; macOS was not tried.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from catalogue import choose
+from catalogue import EXERCISES, choose
 from checks import CHECKS, Failed
 from child import limit_memory, pack, receive, send, unpack
-from hand_out import ROOT, EXERCISES, UserError, one_line_errors, sources
+from hand_out import ROOT, UserError, one_line_errors, sources
 
 STARTING = 30  # seconds that importing torch and a stage file may take
 LARGEST = 1 << 20  # bytes of a stage file

@@ -67,10 +67,16 @@ def student_readme(text, exercises, names):
     blanks = ", ".join(str(exercise.number) for exercise in exercises)
     note = (f"> **A student copy.** The functions of these exercises are blank: {blanks}. Begin with [the exercises' page]"
             "(exercises/README.md). Every script already shows its `--help`; what meets a blank stops with `NotImplementedError` "
-            "and the exercise's number, and works when that exercise is done. The pictures and figures below were made with "
+            "and the exercise's number, and works when that exercise is done. So the first command below installs everything and then "
+            "stops at the first blank: that is right. The pictures and figures below were made with "
             "all of them done. `tests/` and `experiments/` belong to the whole repository and are not in this copy.")
     text = re.sub(r"\n## Exercises\n.*?(?=\n## |\Z)", "", text, flags=re.S)
     text = re.sub(r"[^\n]+:\n\n```sh\n[^`]*pytest[^`]*```\n\n", "", text)
+    text = text.replace("Clone this repository with `git clone --depth 1`: its history holds older weights. In the clone, with",
+                        "In this folder, with")
+    text = re.sub(r"(?s)\*\*Beside the paper:\*\* open .*?\[reading map\]\(docs/reading-map.md\) is the same as one table",
+                  "**Beside the paper:** the [reading map](docs/reading-map.md) is one table", text)
+    text = re.sub(r"(?m)^- \[docs/(?:side_by_side|walkthrough)[^\n]*\n(?:  [^\n]*\n)*", "", text)
     text = re.sub(r"(?m)^- [^\n]*emoji[^\n]*\n(?:  [^\n]*\n)*", "", text)  # their weights are not copied
     title, rest = text.split("\n\n", 1)
     return unlink("\n\n".join([title, note, rest]), "", names)

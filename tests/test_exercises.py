@@ -181,6 +181,7 @@ def test_a_student_copy_imports_shows_help_and_has_a_readme_without_dead_links(t
         for link in re.findall(r"\]\(([^)#\s]+)\)", text):
             assert "://" in link or (copy / page).parent.joinpath(link).exists(), (page, link)
     readme = (copy / "README.md").read_text(encoding="utf-8")
+    assert not any(word in readme for word in ("Clone", "your clone", "side_by_side", "walkthrough"))  # they are not in a copy
     assert "A student copy." in readme.split("\n\n")[1] and "grade.py" not in readme
     assert "weights/emoji \"" not in readme and not [*copy.rglob("emoji*.md"), *copy.rglob("emoji*.png")]
     with pytest.raises(hand_out.UserError, match="not an empty folder"):
