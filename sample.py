@@ -38,7 +38,7 @@ import prior
 import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, pick_device, to_picture
 from weights.checkpoints import check_out
-from weights.stack import PRECISIONS, PRIORS, SHIPPED, SIZES, load_stack
+from weights.stack import PRECISIONS, PRIORS, SHIPPED, SIZES, load_stack, warn_of_unknown_words
 
 STAGE_NUMBER = {"prior": 0, "decoder": 1, "upsample-256": 2, "upsample-1024": 3}
 BATCH = {64: 16, 256: 4, 1024: 1}  # pictures at once, to stay under 2 GB
@@ -210,12 +210,11 @@ def generate(stack, captions, seed=0, size=64, candidates=None, seconds=None, **
 
 def gather_captions(arguments, file):
     """The captions given as arguments and those in a file, one a line. Raises UserError."""
-    captions = list(arguments)
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {file}: cannot be read as UTF-8 text ({error})") from None
-    captions += [line.strip() for line in lines if line.strip()]
+    captions = [*arguments, *(line.strip() for line in lines if line.strip())]
     if not captions:
         raise UserError(f"no caption{f' in --file {file}' if file else ''}: give one, as in  "
                         'python sample.py "a large red circle above a small blue star"')
@@ -298,8 +297,8 @@ def parse_arguments():
 
 def describe_options(options):
     """The options of a run as text, for the pictures' text chunks."""
-    said = lambda value: "default" if value in (None, (None, None)) else value
-    return ", ".join(f"{k.replace('_', '-')} {said(v)}" for k, v in options.items())
+    shown = lambda value: "default" if value in (None, (None, None)) else value
+    return ", ".join(f"{k.replace('_', '-')} {shown(v)}" for k, v in options.items())
 
 
 def main():
@@ -312,6 +311,7 @@ def main():
         stack = load_stack(args.weights, pick_device(args.device), size, args.prior_kind,
                            args.clip, args.bpe, lean=True, judge=args.candidates != 1,
                            precision=args.precision)
+        warn_of_unknown_words(stack["tokenizer"], captions)
         captions = [caption for caption in captions for _ in range(args.n)]
         names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip_embed
 import manipulate
 import sample
 from caption_accuracy import draw_and_score, read_scene
@@ -16,7 +17,9 @@ from weights.checkpoints import read_checkpoint
 from common import decode, draw, load_network, observe
 from manipulations import psnr, scenes_of, shown, single, to_images
 from sweep import captions_of
+from data import shapes
 from data.shapes import random_scene
+from weights import stack as stack_module
 
 ROOT = Path(__file__).parent.parent
 GLIDE = ROOT / "weights/glide"
@@ -113,3 +116,14 @@ def test_a_text_diff_makes_red_circles_blue_and_keeps_all_else_that_captions_say
         right += things == [("blue", "circle", old.things[0].size, old.things[0].fill)] and new.background == old.background
     print(f"{right} of 8 right")
     assert right >= 7
+
+
+def test_words_that_clip_did_not_learn_are_named_once_and_those_of_the_world_are_not(capsys):
+    tokenizer = sample.load_stack(sample.SHIPPED, "cpu", 64, "none")["tokenizer"]
+    stack_module.warn_of_unknown_words(tokenizer, [*shapes.corpus(), "", "A Red circle, left of a star!"])
+    assert not capsys.readouterr().err
+    stack_module.warn_of_unknown_words(tokenizer, ["three red circles", "a grey dog", "three stars"])
+    assert "in CLIP's training: three, circles, grey, dog, stars (--help" in capsys.readouterr().err
+    for merges in ([], [("a", "b")] * 1000):  # no words at all, and as many as there may be
+        stack_module.warn_of_unknown_words(clip_embed.Tokenizer(merges), ["three red circles"])
+    assert not capsys.readouterr().err

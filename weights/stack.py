@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def keep_freed_memory():
     mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: bytes that may lie free
     if not mallopt(-3, 2 ** 30):  # M_MMAP_THRESHOLD: larger tensors are returned
         mallopt(-3, 2 ** 25)  # the most that older versions allow
+
+
+def warn_of_unknown_words(tokenizer, captions):
+    """Name on stderr the words of captions that CLIP's tokenizer knows only in parts.
+
+    A CLIP of train.py makes each common word of its captions one token, unless it has its 1,000
+    merges already. So a word of several tokens was rare or absent in its training.
+    """
+    words = {word: None for caption in captions
+             for word in clip_embed.split_words(clip_embed.clean(caption))
+             if 0 < len(tokenizer.merges) < 1000 and len(tokenizer.encode_word(word)) > 1}
+    if words:
+        print(f"these words were rare or absent in CLIP's training: {', '.join(words)} (--help "
+              "lists what the shipped weights know)", file=sys.stderr)
 
 
 def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", clip_path=None,
