@@ -103,6 +103,20 @@ def lock(file):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the data workers do not inherit it
 
 
+def wait_for_lock(file, message):
+    """Lock an open file; if another process holds it, print the message once and wait."""
+    while True:
+        try:
+            return lock(file)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return  # a file system without locks
+        if message:
+            print(message, file=sys.stderr)
+        message = ""
+        time.sleep(0.2)
+
+
 def make_once(path, read, write):
     """read(path), a file or folder that write(its name) makes if it is missing or damaged.
 
@@ -114,21 +128,9 @@ def make_once(path, read, write):
         return read(path)
     make_out(path.parent)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        waits = False
-        while True:
-            try:
-                lock(file)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                    break  # a file system without locks
-                if not waits:
-                    print(f"{path}: waiting for another process that writes it", file=sys.stderr)
-                waits = True
-                time.sleep(0.2)
-        if waits:
-            with contextlib.suppress(*unusable):
-                return read(path)
+        wait_for_lock(file, f"{path}: waiting for another process that writes it")
+        with contextlib.suppress(*unusable):  # another process may have written it by now
+            return read(path)
         try:
             remove(path)
             remove(beside)
