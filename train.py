@@ -435,7 +435,7 @@ def prepare_ar_prior(context, args):
     """As the diffusion prior, and the codes' components and buckets."""
     prepare_prior(context, args, prior.AR_PRESETS)
     if args.init:  # keeps its codes, to which its weights belong
-        saved = read_checkpoint(args.init, "ar-prior")["config"]
+        saved = read_checkpoint(args.init, "ar-prior", mmap=True)["config"]
         context.config = replace(context.config, components=saved.get("components", 0))
     if args.dry_run or args.init:
         return

@@ -18,6 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from clip_embed import UserError
 
+# of a config's fields that are first used when a picture is drawn
+RANGES = {"steps": (1, 900), "candidates": (1, 1000), "guidance": (0, 100), "eta": (0, 1),
+          "ladder_power": (0.01, 100), "top_signal": (0, 0.015), "clamp": (0.01, math.inf),
+          "multiples": (1, 1024), "patch_size": (1, 64), "low_size": (2, 256),
+          "image_size": (2, 1024)}
+CHOICES = {"schedule": ("cosine", "linear"), "enlarge": ("bilinear", "bicubic")}
+
 
 @contextlib.contextmanager
 def reading(path, expected, kind="checkpoint"):
@@ -65,11 +72,20 @@ def read_checkpoint(path, stage, mmap=False, clip=None, writer=None):
     return checkpoint
 
 
-RANGES = {"steps": (1, 900), "candidates": (1, 1000), "guidance": (0, 100), "eta": (0, 1),
-          "ladder_power": (0.01, 100), "top_signal": (0, 0.015), "clamp": (0.01, math.inf),
-          "multiples": (1, 1024), "patch_size": (1, 64), "low_size": (2, 256),
-          "image_size": (2, 1024)}  # of fields that are first used when a picture is drawn
-CHOICES = {"schedule": ("cosine", "linear"), "enlarge": ("bilinear", "bicubic")}
+def fault(field, value, default, most):
+    """What is wrong with a config's value, in words; "" if nothing is. most: the largest number."""
+    kind = type(default)
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        return f"expected a value like {default!r}"
+    if kind is str:
+        choices = CHOICES.get(field, (value,))
+        return "" if value in choices else f"expected one of {choices}"
+    low, high = RANGES.get(field, (0, most))
+    if kind is not tuple:
+        inside = low <= value <= high
+    else:  # of whole numbers
+        inside = all(type(n) is int and low <= n <= high for n in value)
+    return "" if inside else f"a number outside {low}…{high}"
 
 
 def config_of(config_class, checkpoint, path):
@@ -82,19 +98,10 @@ def config_of(config_class, checkpoint, path):
     if config.keys() != default.keys():
         raise UserError(f"{path}: its config has the fields {[*config]}, expected {[*default]}")
     for field, value in config.items():
-        wanted, counts_layers = type(default[field]), "layers" in field or field == "depth"
+        counts_layers = "layers" in field or field == "depth"
         most = len(checkpoint["model"]) if counts_layers else 1 << 20  # no more layers than tensors
-        low, high = RANGES.get(field, (0, most))
-        if type(value) not in ((int, float) if wanted is float else (wanted,)):
-            raise UserError(f"{path}: its config says {field} = {value!r:.40}, "
-                            f"expected a value like {default[field]!r}")
-        for n in value if wanted is tuple else (value,):
-            if wanted is str and n not in CHOICES.get(field, (n,)):
-                raise UserError(f"{path}: its config says {field} = {n!r:.40}, "
-                                f"expected one of {CHOICES[field]}")
-            if wanted is tuple and type(n) is not int or wanted is not str and not low <= n <= high:
-                raise UserError(f"{path}: its config says {field} = {value!r:.40}, "
-                                f"a number outside {low}…{high}")
+        if wrong := fault(field, value, default[field], most):
+            raise UserError(f"{path}: its config says {field} = {value!r:.40}, {wrong}")
     if "multiples" in config:  # a U-Net halves the side, an upsampler multiplies it
         side, low = config["image_size"], config.get("low_size", config["image_size"] // 4)
         if side % (config["patch_size"] << max(0, len(config["multiples"]) - 1)) or side > 4 * low:

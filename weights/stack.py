@@ -64,9 +64,11 @@ def warn_of_unknown_words(tokenizer, captions):
     A CLIP of train.py makes each common word of its captions one token, unless it has its 1,000
     merges already. So a word of several tokens was rare or absent in its training.
     """
-    words = {word: None for caption in captions
+    if not 0 < len(tokenizer.merges) < 1000:
+        return
+    words = {word: None for caption in captions  # once each, in their order
              for word in clip_embed.split_words(clip_embed.clean(caption))
-             if 0 < len(tokenizer.merges) < 1000 and len(tokenizer.encode_word(word)) > 1}
+             if len(tokenizer.encode_word(word)) > 1}
     if words:
         print(f"these words were rare or absent in CLIP's training: {', '.join(words)} (--help "
               "lists what the shipped weights know)", file=sys.stderr)
