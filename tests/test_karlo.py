@@ -274,6 +274,8 @@ def test_at_the_true_sizes_a_step_of_each_stage_needs_little_more_than_the_large
             tensors = network(config).state_dict()
         noise = (torch.randn(1 << 16) * 0.02).half()
         model = {name: noise.repeat(-(-t.numel() // len(noise)))[:t.numel()].view(t.shape).clone() for name, t in tensors.items()}
+        if stage == "prior":
+            model["errors"].zero_()  # as converted: variances, never negative
         torch.save({"stage": stage, "config": vars(config), "model": model, "merges": []}, tmp_path / f"{stage}.pt")
         del model
     run = subprocess.run([sys.executable, "-c", ONE_STEP_EACH, tmp_path], cwd=ROOT, capture_output=True, text=True)
