@@ -517,19 +517,17 @@ def main():
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     import clip_embed as ce
-    from weights.checkpoints import fingerprint, load_model, read_checkpoint
+    from weights.checkpoints import fingerprint, load_stage
     with ce.one_line_errors():
         ce.check_ranges(args, n=(2, 1000), steps=(1, 1000), guidance=(0, 100), seed=(0, 1 << 48))
         clip_path = args.weights / "clip.pt"
         clip, tokenizer = ce.load_clip(clip_path)
-        mark, device = fingerprint(clip), ce.pick_device(args.device)
+        mark, device = (fingerprint(clip), clip_path), ce.pick_device(args.device)
         clip.to(device)
         both = (("prior", DiffusionPrior, PriorConfig, partial(sample, steps=args.steps)),
                 ("ar-prior", ARPrior, ARConfig, ar_sample))
         for stage, network, config, draw in both:
-            path = args.weights / f"{stage}.pt"
-            checkpoint = read_checkpoint(path, stage, clip=(mark, clip_path))
-            model = load_model(network, config, checkpoint, path).to(device)
+            model = load_stage(args.weights / f"{stage}.pt", network, config, mark).to(device)
             for caption in args.captions:
                 text, null = ce.encode_captions(clip, tokenizer, [caption] * args.n)
                 generators = [torch.Generator().manual_seed(args.seed + k) for k in range(args.n)]

@@ -387,18 +387,15 @@ def main():
     add("--out", type=Path, default=Path("upsample.png"), help="both pictures (upsample.png)")
     args = parser.parse_args()
     import clip_embed as ce
-    from weights.checkpoints import check_out, load_model, read_checkpoint
+    from weights.checkpoints import check_out, load_stage
     with ce.one_line_errors():
         ce.check_ranges(args, seed=(0, 1 << 48))
-        if args.out.suffix != ".png":
-            raise ce.UserError(f"--out {args.out}: must end in .png")
-        check_out(args.out, args.picture)
+        check_out(args.out, args.picture, suffix=".png")
         device = ce.pick_device(args.device)
         x = small = ce.to_square(ce.open_picture(args.picture), 64).to(device)
         for size in (256, 1024) if args.size == 1024 else (256,):
             path = args.weights / f"upsample-{size}.pt"
-            checkpoint = read_checkpoint(path, f"upsample-{size}")
-            model = load_model(Upsampler, UpsamplerConfig, checkpoint, path).to(device)
+            model = load_stage(path, Upsampler, UpsamplerConfig).to(device)
             x = sample(model, x, [torch.Generator().manual_seed(args.seed)], bar=True)
         bicubic = F.interpolate(small, (args.size, args.size), mode="bicubic")
         ce.to_picture(torch.cat([bicubic, x], 3)[0]).save(args.out)

@@ -45,7 +45,7 @@ from clip_embed import (UserError, encode_captions, encode_pictures, load_clip, 
                         to_tensor)
 from data.shapes import VALUES, ShapeBatches, attributes_in_caption, describe, random_scene, render
 from sample import SHIPPED, generators
-from weights.checkpoints import fingerprint, load_model, read_checkpoint
+from weights.checkpoints import fingerprint, load_stage, read_checkpoint
 
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
 ROWS = ("true", "true, as codes", "diffusion", "autoregressive", "autoregressive, any z_i·z_t", "z_t shifted", "z_t")
@@ -99,14 +99,10 @@ def load(weights, device):
     Raises UserError, also if they belong to different CLIPs.
     """
     clip, tokenizer = load_clip(weights / "clip.pt")
-    stack = {"clip": clip.to(device), "tokenizer": tokenizer}
+    mark, stack = (fingerprint(clip), weights / "clip.pt"), {"clip": clip.to(device), "tokenizer": tokenizer}
     kinds = {"prior": (prior.DiffusionPrior, prior.PriorConfig), "ar-prior": (prior.ARPrior, prior.ARConfig)}
     for stage, (network, config) in kinds.items():
-        path = weights / f"{stage}.pt"
-        checkpoint = read_checkpoint(path, stage)
-        if checkpoint.get("clip") != fingerprint(clip):
-            raise UserError(f"{path}: was trained with another CLIP than {weights / 'clip.pt'}")
-        stack[stage] = load_model(network, config, checkpoint, path).to(device)
+        stack[stage] = load_stage(weights / f"{stage}.pt", network, config, mark).to(device)
     return stack
 
 

@@ -186,6 +186,12 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     return model.eval()
 
 
+def load_stage(path, network, config_class, clip=None, mmap=False):
+    """The network in FOLDER/STAGE.pt, as read_checkpoint and load_model give it. Raises UserError."""
+    checkpoint = read_checkpoint(path, path.stem, mmap, clip)
+    return load_model(network, config_class, checkpoint, path)
+
+
 def fingerprint(network, digits=torch.float16):
     """Sixteen hex digits that name a network by its weights, the same for its copy in `digits`."""
     digest = hashlib.sha256()
@@ -195,11 +201,13 @@ def fingerprint(network, digits=torch.float16):
     return digest.hexdigest()[:16]
 
 
-def check_out(out, *inputs):
+def check_out(out, *inputs, suffix=None):
     """Make out's folder (out itself, if it has no suffix) before the work. Raises UserError.
 
-    inputs: files that out must not be.
+    inputs: files that out must not be. suffix: the one that out must have.
     """
+    if suffix and out.suffix != suffix:
+        raise UserError(f"--out {out}: must end in {suffix}")
     try:
         (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

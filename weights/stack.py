@@ -12,7 +12,7 @@ import clip_embed
 import decoder
 import prior
 import upsample
-from weights.checkpoints import fingerprint, load_model, read_checkpoint
+from weights.checkpoints import fingerprint, load_stage
 
 SHIPPED = Path(__file__).parent / "shapes"
 SIZES = (64, 256, 1024)
@@ -102,8 +102,7 @@ def load_stack(weights=SHIPPED, device="cpu", size=64, prior_kind="diffusion", c
     dtype = pick_dtype(precision, device, large)
 
     def load(stage):
-        checkpoint = read_checkpoint(paths[stage], stage, mmap=large, clip=(mark, clip_path))
-        network = load_model(*kinds[stage], checkpoint, paths[stage])
+        network = load_stage(paths[stage], *kinds[stage], (mark, clip_path), mmap=large)
         # channels_last convolves faster, but its copies take memory
         layout = torch.preserve_format if large else torch.channels_last
         return network.to(device, dtype, memory_format=layout)
