@@ -7,12 +7,12 @@ A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attent
 context: the caption's states and four tokens made from z_i. z_i and one vector of the caption are
 added to the timestep embedding too. The network predicts the noise ε and each step's variance
 (Improved DDPM). The objective (decoder_loss) is L_simple + 0.001 L_vlb. In training z_i is dropped
-10% of the time and the caption 50%, for guidance: ε = ε(∅) + w (ε(z_i, y) − ε(∅)).
+10% of the time and the caption 50%, for guidance (guided).
 
 Sampling is ancestral or by DDIM. DDIM run backwards gives x_T: (z_i, x_T) is a picture's code (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
-The small `shapes` network folds pixels into channels (`patch_size`), is given their `coordinates`,
-and predicts a velocity (eps_from_velocity).
+For `shapes`, pixels are folded into channels (`patch_size`) that know their `coordinates`, and a
+velocity is predicted (eps_from_velocity).
 
     python decoder.py picture.png            # picture → z_i and x_T → picture, and three variations
 """
@@ -26,35 +26,36 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.special import ndtr
 from tqdm import tqdm
 
 
 @dataclass
 class DecoderConfig:
-    """Sizes of the network, and how it is sampled (table 3, column 64; §2.1)."""
+    """Sizes of the network and how to sample it (table 3, column 64; §2.1)."""
     image_size: int = 64
     patch_size: int = 1
     channels: int = 512
     depth: int = 3                   # residual blocks a level
-    multiples: tuple = (1, 2, 3, 4)  # channels of each level, in units of `channels`
-    attention: tuple = (32, 16, 8)   # the resolutions that attend, after patching
+    multiples: tuple = (1, 2, 3, 4)  # of `channels`, at each level
+    attention: tuple = (32, 16, 8)   # sides that attend, in patches
     head_channels: int = 64
     norm_groups: int = 32
     dropout: float = 0.1
-    coordinates: bool = False        # tell the network each pixel's place
-    scale_shift: bool = True         # ADM's blocks; False: the timestep embedding is only added
+    coordinates: bool = False        # input each pixel's place
+    scale_shift: bool = True         # of ADM's blocks; False: only a shift
     prediction: str = "eps"          # or "velocity" (eps_from_velocity)
     top_signal: float = 0.015        # √ᾱ where sampling begins (top_step); 0: at t = 999 (Karlo)
     guidance: float = 2.0            # of sampling (table 2: 1.25; Karlo: 8)
     steps: int = 50                  # of sampling (the paper: 250; Karlo: 25)
     ladder_power: float = 1.0        # their spacing (ladder)
-    candidates: int = 1              # sample.py keeps the best of so many at most
+    candidates: int = 1              # at most, for sample.py to choose from
     enough: float = 1.2              # stops at a sample.surprise below this
     float32: bool = False            # ᾱ rounded in sampling (Karlo)
     embed_dim: int = 1024            # d of z_i and z_t
     unit_norm: bool = True           # of z_i, z_t; False: CLIP's norm, a learned null z_i (Karlo)
     z_i_tokens: int = 4              # context tokens of z_i
-    clip_text_width: int = 1024      # width of CLIP's text states
+    clip_text_width: int = 1024      # of CLIP's text states
     text_layers: int = 24            # the caption's own transformer; 0: CLIP's states straight in
     text_width: int = 2048
     text_heads: int = 32
@@ -180,7 +181,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels, head_channels, context_width, groups):
         super().__init__()
         if head_channels < 1 or channels % head_channels:
-            raise ValueError(f"{channels} channels cannot be shared by heads of {head_channels}")
+            raise ValueError(f"heads of {head_channels} cannot share {channels} channels")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -204,19 +205,27 @@ class TextTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        places = torch.randn(config.text_context, config.text_width)  # as large as the tokens'
-        self.positional_embedding = nn.Parameter(places)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
-            config.text_width, config.text_heads, 4 * config.text_width, 0.0, "gelu",
-            batch_first=True, norm_first=True) for _ in range(config.text_layers))
-        self.norm = nn.LayerNorm(config.text_width)
+        self.heads, width = config.text_heads, config.text_width
+        if self.heads < 1 or width % self.heads:
+            raise ValueError(f"{self.heads} heads cannot share a width of {width}")
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.text_context, width))
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "ln_1": nn.LayerNorm(width), "ln_2": nn.LayerNorm(width),
+            "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
+            "fc": nn.Linear(width, 4 * width), "fc_proj": nn.Linear(4 * width, width)})
+            for _ in range(config.text_layers))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens, mask):
         """tokens (B, L), mask (B, L) True on real tokens → states (B, L, text_width)."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for layer in self.layers:
-            x = layer(x, src_key_padding_mask=~mask)
+            qkv = layer["qkv"](layer["ln_1"](x)).unflatten(-1, (3 * self.heads, -1))
+            q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # (B, nh, L, hs) each
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.view(len(x), 1, 1, -1))
+            x = x + layer["proj"](y.transpose(1, 2).flatten(2))
+            x = x + layer["fc_proj"](F.gelu(layer["fc"](layer["ln_2"](x))))
         return self.norm(x)
 
 
@@ -250,23 +259,24 @@ class Decoder(nn.Module):
             return nn.ModuleList([res(channels, out_channels), *attention])
 
         side, area = c.image_size // c.patch_size, c.patch_size ** 2
-        widths = [c.channels * c.multiples[0]]  # of each skip connection
+        levels = [multiple * c.channels for multiple in c.multiples]
+        widths = levels[:1]  # of each skip connection
         self.conv_in = nn.Conv2d(3 * area + 2 * c.coordinates, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for k, multiple in enumerate(c.multiples):
+        for k, level in enumerate(levels):
             for _ in range(c.depth):
-                self.down.append(layer(widths[-1], multiple * c.channels, side))
-                widths.append(multiple * c.channels)
-            if k < len(c.multiples) - 1:
+                self.down.append(layer(widths[-1], level, side))
+                widths.append(level)
+            if k < len(levels) - 1:
                 self.down.append(nn.ModuleList([res(widths[-1], widths[-1], resample="down")]))
                 widths.append(widths[-1])
                 side //= 2
         width = widths[-1]
         self.middle = nn.ModuleList([res(width, width), attend(width), res(width, width)])
-        for k, multiple in reversed(list(enumerate(c.multiples))):
+        for k, level in reversed(list(enumerate(levels))):
             for _ in range(c.depth + 1):
-                self.up.append(layer(width + widths.pop(), multiple * c.channels, side))
-                width = multiple * c.channels
+                self.up.append(layer(width + widths.pop(), level, side))
+                width = level
             if k:
                 self.up[-1].append(res(width, width, resample="up"))
                 side *= 2
@@ -280,16 +290,16 @@ class Decoder(nn.Module):
         (B, L, text_width): context is (B, 4 + L, text_width), mask (B, 4 + L).
         """
         tokens = self.z_i_to_context(z_i).unflatten(1, (self.config.z_i_tokens, -1))
-        mask = F.pad(mask, (self.config.z_i_tokens, 0), value=True)  # the four are always visible
+        mask = F.pad(mask, (self.config.z_i_tokens, 0), value=True)  # always visible
         return emb + self.z_i_to_emb(z_i), torch.cat([tokens, states], 1), mask
 
     def forward(self, x_t, t, z_i, text):
         """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text of B captions → (ε, v)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        norm = math.sqrt(c.embed_dim) if c.unit_norm else 1
+        norm = math.sqrt(c.embed_dim)
         if not c.unit_norm:
-            z_i = torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
+            norm, z_i = 1, torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
@@ -301,14 +311,13 @@ class Decoder(nn.Module):
         def run(blocks, h):
             for block in blocks:
                 if isinstance(block, AttentionBlock):
-                    visible = F.pad(mask, (0, h.shape[2] * h.shape[3]), value=True)
-                    h = block(h, context, visible)
+                    h = block(h, context, F.pad(mask, (0, h[0, 0].numel()), value=True))
                 else:
                     h = block(h, emb)
             return h
 
         h = F.pixel_unshuffle(x_t, c.patch_size)
-        if c.coordinates:  # too shallow to infer places from padding
+        if c.coordinates:  # too shallow to infer them from padding
             lines = (torch.linspace(-1, 1, side, device=t.device) for side in h.shape[2:])
             places = torch.stack(torch.meshgrid(*lines, indexing="ij"))
             h = torch.cat([h, places.expand(len(h), -1, -1, -1)], 1)
@@ -338,8 +347,7 @@ def discretized_log_likelihood(x, mean, log_variance):
     """log-probability of 8-bit pixels x in [-1, 1] under a Gaussian in 256 bins (DDPM eq. 13)."""
     scale = torch.exp(-0.5 * log_variance)
     upper, lower = scale * (x - mean + 1 / 255), scale * (x - mean - 1 / 255)
-    inner = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    ends = torch.where(x > 0.999, torch.special.ndtr(-lower), torch.special.ndtr(upper))
+    inner, ends = ndtr(upper) - ndtr(lower), torch.where(x > 0.999, ndtr(-lower), ndtr(upper))
     return torch.log(torch.where(x.abs() > 0.999, ends, inner).clamp(min=1e-12))
 
 
@@ -347,7 +355,7 @@ def vlb_term(x_0, x_t, t, eps, v, alphas_cumprod):
     """The t-th term of the bound L_vlb in bits per dimension, (B,) (§2.1; DDPM eq. 5).
 
     A KL divergence; at t = 0 the negative log-likelihood. β̃_1 replaces β̃_0 = 0, as in Improved
-    DDPM's code. Unlike there, x̂_0 is clamped, as in sampling. eps, v: the network's.
+    DDPM's code. Unlike there, x̂_0 is clamped as in sampling. eps, v: the network's.
     """
     before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     from_x_0, from_x_t, beta_tilde = posterior(alphas_cumprod, before)
@@ -419,7 +427,7 @@ def top_step(alphas_cumprod, signal=0.015):
 def guided(model, x_t, t, z_i, text, null, guidance_scale):
     """(ε, v) with classifier-free guidance on ε alone: ε(∅) + w (ε(c) − ε(∅)) (§2.1; GLIDE eq. 5).
 
-    w = 1 is no guidance (§5.3, figs. 9–11: its effect). t: an integer; null: the empty caption.
+    w = 1 is none (§5.3, figs. 9–11: its effect). t: an integer; null: the empty caption.
     """
     t = torch.full((len(x_t),), t, device=x_t.device)
     if guidance_scale == 1:
@@ -436,9 +444,9 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
            clamp=True, bar=False):
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
-    generators: one torch.Generator a picture. guidance_scale, steps: None for the config's. eta:
-    None for ancestral sampling, a number for DDIM with that η (DDIM eqs. 12, 16). x_T: of invert;
-    gives back its picture with invert's z_i, text, steps, guidance 1, eta 0, clamp False.
+    generators: one torch.Generator a picture. guidance_scale, steps: None for the config's. eta: η
+    of DDIM (DDIM eqs. 12, 16); None: ancestral sampling. x_T: of invert; gives back its picture
+    with invert's z_i, text, steps, guidance 1, eta 0, clamp False.
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact
@@ -455,7 +463,7 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
         if clamp:
             x_0 = x_0.clamp(-1, 1)  # which implies another ε
             eps = (x - float(alpha_t.sqrt()) * x_0) / float((1 - alpha_t).sqrt())
-        if s is None:  # factor 1; with Karlo's float32 ᾱ: 0.99947
+        if s is None:  # the factor: 1, or Karlo's 0.99947
             return x_0.clamp(-1, 1) * float((1 - exact[0]) / (1 - alphas_cumprod[0]))
         alpha_s = alphas_cumprod[s]
         if eta is None:
@@ -479,10 +487,10 @@ def inversion_ladder(steps, noise=0.04):
 def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
     """x_T (B, 3, H, W), from which DDIM with η = 0, unguided, unclamped, decodes x_0 (§3).
 
-    generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of 0.04
-    (five of 255 shades): x_t ~ q(x_t|x_0) at the lowest t. In a clean picture the network predicts
-    almost no noise, and x_T gets under a tenth of noise's variance. A step s → t needs ε at the yet
-    unknown x_t (DDIM eq. 13): the last ε gives a guess of x_t, then ε at the guess gives x_t.
+    generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of
+    0.04 (five shades). In a clean picture the network predicts almost no noise, and x_T gets
+    under a tenth of noise's variance. A step s → t needs ε at the yet unknown x_t (DDIM eq. 13):
+    the last ε gives a guess of x_t, then ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
     alpha_s = float(alphas_cumprod[rungs[0]])
@@ -502,10 +510,10 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="A picture → (z_i, x_T) → picture: a strip of both and three decodings of "
-        "z_i from fresh noise (§3).")
+        description="Picture → (z_i, x_T) → picture: a strip of both and three decodings of "
+        "z_i from noise (§3).")
     here, add = Path(__file__).parent / "weights/shapes", parser.add_argument
-    add("picture", help="any; cropped to a square")
+    add("picture", help="cropped to a square")
     add("--caption", default="", help="of the picture")
     add("--weights", type=Path, default=here, help="with clip.pt, decoder.pt")
     add("--steps", type=int, default=50, help="each way (50)")
@@ -514,17 +522,14 @@ def main():
     add("--out", type=Path, default=Path("decoder.png"), help="strip (decoder.png)")
     args = parser.parse_args()
     import clip_embed as ce
-    from weights.checkpoints import check_out, fingerprint, load_model, read_checkpoint
+    from weights.checkpoints import check_out, fingerprint, load_stage
     with ce.one_line_errors():
         ce.check_ranges(args, steps=(2, 950), seed=(0, 1 << 48))
-        if args.out.suffix != ".png":
-            raise ce.UserError(f"--out {args.out}: must end in .png")
-        check_out(args.out, args.picture)
+        check_out(args.out, args.picture, suffix=".png")
         device, picture = ce.pick_device(args.device), ce.open_picture(args.picture)
         path, clip_path = args.weights / "decoder.pt", args.weights / "clip.pt"
         clip, tokenizer = ce.load_clip(clip_path)
-        checkpoint = read_checkpoint(path, "decoder", clip=(fingerprint(clip), clip_path))
-        model = load_model(Decoder, DecoderConfig, checkpoint, path).to(device)
+        model = load_stage(path, Decoder, DecoderConfig, (fingerprint(clip), clip_path)).to(device)
         x_0 = ce.to_square(picture, model.config.image_size).to(device)
         z_i = ce.encode_pictures(clip.to(device), ce.to_square(picture, clip.config.image_size))
         text, null = ce.encode_captions(clip, tokenizer, [args.caption])
@@ -534,8 +539,8 @@ def main():
                        x_T=x_T, clamp=False, bar=True)
         text = {k: v.expand(3, *v.shape[1:]) for k, v in text.items()}
         fresh = sample(model, z_i.repeat(3, 1), text, null, three, steps=args.steps, bar=True)
-        ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # a strip, (3, H, 5 W)
-        print(f"x_T: mean {float(x_T.mean()):.3f}, variance {float(x_T.var()):.3f}; "
+        ce.to_picture(torch.cat([*x_0, *again, *fresh], 2)).save(args.out)  # (3, H, 5 W)
+        print(f"x_T: mean {x_T.mean():.3f}, variance {x_T.var():.3f}; "
               f"reconstruction {ce.psnr(x_0, again):.1f} dB; {args.out}")
 
 

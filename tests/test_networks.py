@@ -202,6 +202,19 @@ def test_context_attention_equals_a_plain_loop_over_heads():
     assert torch.allclose(block(x, context, mask), want, atol=1e-5)
 
 
+def test_the_text_transformer_equals_torchs_encoder_layers():
+    ours = awaken(decoder.TextTransformer(replace(TINY_DECODER, text_layers=2)))
+    x, mask = torch.randint(50, (3, 9)), torch.arange(9) < torch.tensor([[9], [4], [1]])
+    want = ours.token_embedding(x) + ours.positional_embedding[:9]
+    for layer in ours.layers:
+        theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+        names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "proj.", "linear1.": "fc.", "linear2.": "fc_proj.", "norm1.": "ln_1.",
+                 "norm2.": "ln_2."}
+        theirs.load_state_dict({a + end: layer.state_dict()[b + end] for a, b in names.items() for end in ("weight", "bias")})
+        want = theirs(want, src_key_padding_mask=~mask)
+    assert torch.allclose(ours(x, mask)[mask], ours.norm(want)[mask], atol=1e-5)
+
+
 def test_the_upsampler_has_no_attention_and_takes_any_size():
     model = awaken(upsample.Upsampler(TINY_UPSAMPLER))
     assert not any("ttention" in type(m).__name__ for m in model.modules())
