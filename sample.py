@@ -19,10 +19,12 @@ is kept, or else the best. `--candidates 1` is the paper's chain.
 
 import argparse
 import io
+import itertools
 import math
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -240,15 +242,11 @@ def save_png(picture, folder, name, **chunks):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]-*.png")]
-        number = max(taken, default=-1) + 1
-        while True:
+        for number in itertools.count(max(taken, default=-1) + 1):
             path = folder / f"{number:04d}-{name}.png"
-            try:
-                with open(path, "xb") as out:  # x: never over an existing file
-                    out.write(file.getvalue())
+            with suppress(FileExistsError), open(path, "xb") as out:  # x: never over a file
+                out.write(file.getvalue())
                 return path
-            except FileExistsError:
-                number += 1
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error})") from None
 
@@ -295,12 +293,6 @@ def parse_arguments():
     return args
 
 
-def describe_options(options):
-    """The options of a run as text, for the pictures' text chunks."""
-    shown = lambda value: "default" if value in (None, (None, None)) else value
-    return ", ".join(f"{k.replace('_', '-')} {shown(v)}" for k, v in options.items())
-
-
 def main():
     with one_line_errors():
         args = parse_arguments()
@@ -316,7 +308,9 @@ def main():
         names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")
         options = {name: getattr(args, name) for name in names}
-        settings = describe_options(options | {"precision": str(stack.dtype)[6:]})
+        shown = options | {"precision": str(stack.dtype)[6:]}
+        settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in shown.items()
+                             if v not in (None, (None, None)))
         seconds, sheet = {}, []
         for first in range(0, len(captions), BATCH[64]):  # each batch is saved before the next
             some = captions[first:first + BATCH[64]]

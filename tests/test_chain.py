@@ -362,7 +362,8 @@ def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weight
     paths = [Path(line) for line in out.splitlines()]
     assert len(paths) == 9 and all(p.parent == tmp_path and p.exists() for p in paths)
     assert Image.open(paths[0]).text["seed"] == "7" and Image.open(paths[7]).text["caption"] == "ünïcode ☃"
-    assert "decoder-steps 2, eta default, candidates default, upsample-steps default, precision float32" in Image.open(paths[0]).text["settings"] and "unconditional" in paths[2].name
+    settings = Image.open(paths[0]).text["settings"]
+    assert settings == "prior-kind diffusion, prior-steps 2, variance analytic, decoder-steps 2, precision float32" and "unconditional" in paths[2].name
     assert Image.open(paths[8]).size == (128, 256) and "seconds: prior" in err
     old = paths[0].read_bytes()
     run(sample, monkeypatch, "a RED/circle", *words)
