@@ -237,8 +237,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width),
                                   "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
-        self.act = {"gelu": F.gelu,
-                    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[hidden_act]
+        self.act = {"gelu": F.gelu, "quick_gelu": lambda x: x * (1.702 * x).sigmoid()}[hidden_act]
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x), self.causal)

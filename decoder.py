@@ -1,6 +1,6 @@
 """The decoder: a 64×64 picture from a CLIP image embedding and, optionally, its caption (§2.1).
 
-In:   z_i (B, d) unit-norm, or zeros; captions as clip_embed.encode_captions gives them
+In:   z_i (B, d) unit-norm, or zeros; {"tokens", "states", "z_t", "mask"} of captions
 Out:  images (B, 3, 64, 64) in [-1, 1]; x_T (B, 3, 64, 64), the noise that DDIM inversion finds
 
 A diffusion model P(x|z_i, y). The network is GLIDE's: ADM's U-Net, whose attention also sees a
@@ -11,10 +11,10 @@ added to the timestep embedding too. The network predicts the noise ε and each 
 
 Sampling is ancestral or by DDIM. DDIM run backwards gives x_T: (z_i, x_T) is a picture's code (§3).
 Not in the paper: sampling starts below t = 999 (top_step), inversion with a little noise (invert).
-For `shapes`, pixels are folded into channels (`patch_size`) that know their `coordinates`, and a
+For `shapes`, pixels are folded into channels (`patch_size`), `coordinates` are input too, and a
 velocity is predicted (eps_from_velocity).
 
-    python decoder.py picture.png            # picture → z_i and x_T → picture, and three variations
+    python decoder.py picture.png            # picture → (z_i, x_T) → picture; three more from noise
 """
 
 import argparse
@@ -189,7 +189,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero(nn.Linear(channels, channels))
 
     def forward(self, x, context, mask):
-        """x (B, C, H, W), context (B, L, context_width), mask (B, L + H·W): the visible keys."""
+        """x (B, C, H, W), context (B, K, context_width), mask (B, K + H·W): the visible keys."""
         H, W = x.shape[2:]
         q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, -1)  # (B, H·W, C) each
         context_k, context_v = self.context_kv(context).chunk(2, -1)
@@ -297,16 +297,16 @@ class Decoder(nn.Module):
         """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text of B captions → (ε, v)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        norm = math.sqrt(c.embed_dim)
+        unit = math.sqrt(c.embed_dim)
         if not c.unit_norm:
-            norm, z_i = 1, torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
+            unit, z_i = 1, torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
             caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]
         else:
-            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * norm
-        emb, context, mask = self.inject(emb + self.text_to_emb(caption), norm * z_i, states, mask)
+            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * unit
+        emb, context, mask = self.inject(emb + self.text_to_emb(caption), unit * z_i, states, mask)
 
         def run(blocks, h):
             for block in blocks:
@@ -445,8 +445,8 @@ def sample(model, z_i, text, null, generators, guidance_scale=None, steps=None, 
     """Images (B, 3, H, W) in [-1, 1] from z_i and captions (§2.1, table 3).
 
     generators: one torch.Generator a picture. guidance_scale, steps: None for the config's. eta: η
-    of DDIM (DDIM eqs. 12, 16); None: ancestral sampling. x_T: of invert; gives back its picture
-    with invert's z_i, text, steps, guidance 1, eta 0, clamp False.
+    of DDIM (DDIM eqs. 12, 16); None: ancestral sampling. x_T: invert's. Its picture comes
+    back with the same z_i, text and steps, guidance 1, eta 0, clamp False.
     """
     c, exact = model.config, cosine_schedule()
     alphas_cumprod = exact.float() if c.float32 else exact

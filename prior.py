@@ -159,7 +159,7 @@ class DiffusionPrior(nn.Module):
         """The blocks' input: (x (B, L + 4, width), mask (B, 1, L + 4, L + 4)) (§2.2).
 
         x: the caption's L states, z_t (times √d, to be of order 1), the timestep, z_i_t and the
-        final token, each plus its position embedding. mask hides later places and padding.
+        final token, each plus its position embedding. mask: True where a row may look.
         """
         c = self.config
         states, mask = text["states"][:, :c.text_context], text["mask"][:, :c.text_context]
@@ -384,8 +384,8 @@ class ARPrior(nn.Module):
     Not in the paper: each block's keys and values begin with the caption's, made from CLIP's
     states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
     319 codes. CLIP's text tower is the only text encoder: with table 3's too, the prior would have
-    2.2B parameters, not the 1B of that table. Buckets are ordered. So their vectors start from
-    cosines of their rank; the logits use them too. Each place of the sequence scales them anew.
+    2.2B parameters, not the 1B of that table. As buckets are ordered, their vectors start as
+    cosines of their rank. Logits use the same vectors. Each place of the sequence rescales them.
     """
 
     def __init__(self, config):

@@ -62,7 +62,7 @@ def rows(text, pictures):
 
 
 def in_batches(network, count, most, run):
-    """run(slice) for `count` pictures, `most` at a time; joined on the CPU. Half: in autocast."""
+    """run(slice) for `count` pictures, `most` at a time, in autocast if half; joined on the CPU."""
     p, parts = next(network.parameters()), []
     for first in range(0, count, most):
         with torch.autocast(p.device.type, p.dtype, enabled=p.dtype != torch.float32):
@@ -106,19 +106,19 @@ class Chain:
         """Images (·, 3, 64, 64) of some captions, each from a z_i of its own (§2.1, §2.2)."""
         bar = self.bar and not candidate
 
-        def diffusion(network, some, generators):
-            return prior.sample(network, rows(self.text, some), self.null, generators,
+        def diffusion(network, some, noise):
+            return prior.sample(network, rows(self.text, some), self.null, noise,
                                 self.prior_guidance, self.prior_steps, variance=self.variance,
                                 bar=bar)
 
-        def autoregressive(network, some, generators):
+        def autoregressive(network, some, noise):
             guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
             text = rows(self.text, some)
-            return prior.ar_sample(network, text, self.null, generators, guidance, bar=bar)
+            return prior.ar_sample(network, text, self.null, noise, guidance, bar=bar)
 
-        def decode(network, some, generators):
+        def decode(network, some, noise):
             return decoder.sample(network, self.z_i[some].to(self.device), rows(self.text, some),
-                                  self.null, generators, self.decoder_guidance,
+                                  self.null, noise, self.decoder_guidance,
                                   self.decoder_steps, self.eta, bar=bar)
 
         if network := PRIORS[self.prior_kind]:
@@ -129,11 +129,11 @@ class Chain:
     def enlarge(self, images, size):
         """Images (n, 3, 64, 64) → (n, 3, size, size) by the upsamplers (§2.1)."""
         for large, steps in zip(SIZES[1:SIZES.index(size) + 1], self.upsample_steps):
-            def enlarge(network, some, generators, small=images, steps=steps):
-                low = small[some].to(self.device)
-                return upsample.sample(network, low, generators, steps, self.bar)
+            def upsampled(network, some, noise, small=images, steps=steps):
+                return upsample.sample(network, small[some].to(self.device), noise, steps, self.bar)
 
-            images = self.run(f"upsample-{large}", list(range(len(images))), BATCH[large], enlarge)
+            pictures = list(range(len(images)))
+            images = self.run(f"upsample-{large}", pictures, BATCH[large], upsampled)
         return images
 
 
@@ -274,8 +274,8 @@ def parse_arguments():
         help="of the diffusion prior's steps (default analytic, as in the paper)")
     add("--decoder-guidance", type=float, help="default 1, none (the paper, table 2: 1.25)")
     add("--decoder-steps", type=int, help="default 14, for a laptop (the paper: 250)")
-    add("--candidates", type=int, help="draw up to so many pictures for one, until the prior finds "
-        "one that fits the caption; else keep the best (default 8; the paper: 1)")
+    add("--candidates", type=int, help="draw at most so many for each picture, until the prior "
+        "finds one that fits the caption; else keep the best (default 8; the paper: 1)")
     add("--eta", type=float, help="decode by DDIM with this eta (default: ancestral)")
     add("--upsample-steps", type=int, nargs=2, default=(None, None),
         help="default 2 2 (the paper: 27 15)")

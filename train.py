@@ -1,6 +1,6 @@
 """Train every stage of unCLIP on captioned pictures (appendix C).
 
-In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), or all
+In:   a stage (clip, prior, ar-prior, decoder, upsample-256, upsample-1024), all or export
 Out:  in --out, per stage: NAME.pt, NAME.csv, NAME-loss.png, NAME-samples.png
 
 Each stage's file defines its loss. This file has the recipes, each loss's inputs, and one loop for

@@ -123,9 +123,9 @@ def noisy_residual(x_t, condition, alpha_t):
 def eps_from_residual(x_t, condition, output, alpha_t):
     """ε of x̂_0 = condition + share · r + c_out · output, r being noisy_residual's (EDM eq. 7).
 
-    output (B, 4, H, W): its last channel is a, and share = v/(v + σ²) is Bayes' estimate of a
-    residual of variance v = RESIDUAL² exp(a) from r. Not in the paper: a small network cannot carry
-    the noise of every pixel to its output. With a, it decides where x_t is to be trusted.
+    output (B, 4, H, W): its last channel is a. For a residual of variance v = RESIDUAL² exp(a),
+    Bayes' estimate is share · r, with share = v/(v + σ²). Not in the paper: a small network cannot
+    carry the noise of every pixel to its output. With a, it decides where x_t is to be trusted.
     """
     r, variance = noisy_residual(x_t, condition, alpha_t)
     share = torch.sigmoid(output[:, 3:] + math.log(RESIDUAL ** 2) - variance.log())

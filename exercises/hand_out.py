@@ -74,8 +74,8 @@ def student_readme(text, exercises, names):
     text = re.sub(r"[^\n]+:\n\n```sh\n[^`]*pytest[^`]*```\n\n", "", text)
     text = text.replace("Clone this repository with `git clone --depth 1`: its history holds older weights. In the clone, with",
                         "In this folder, with")
-    text = re.sub(r"(?s)\*\*Beside the paper:\*\* open .*?\[reading map\]\(docs/reading-map.md\) is the same as one table",
-                  "**Beside the paper:** the [reading map](docs/reading-map.md) is one table", text)
+    text = re.sub(r"(?s)\*\*Beside the paper:\*\* open .*?\[reading map\]\(docs/reading-map.md\) has the same in tables",
+                  "**Beside the paper:** the [reading map](docs/reading-map.md) shows the paper in tables", text)
     text = re.sub(r"(?m)^- \[docs/(?:side_by_side|walkthrough)[^\n]*\n(?:  [^\n]*\n)*", "", text)
     text = re.sub(r"(?m)^- [^\n]*emoji[^\n]*\n(?:  [^\n]*\n)*", "", text)  # their weights are not copied
     title, rest = text.split("\n\n", 1)
