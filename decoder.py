@@ -297,16 +297,16 @@ class Decoder(nn.Module):
         """x_t (B, 3, H, W), t (B,), z_i (B, d) or zeros, text of B captions → (ε, v)."""
         c = self.config
         emb = self.time_embed(timestep_embedding(t, c.channels))
-        unit = math.sqrt(c.embed_dim)
+        gain = math.sqrt(c.embed_dim)
         if not c.unit_norm:
-            unit, z_i = 1, torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
+            gain, z_i = 1, torch.where((z_i == 0).all(1, keepdim=True), self.null_z_i, z_i)
         if c.text_layers:
             tokens, mask = text["tokens"][:, :c.text_context], text["mask"][:, :c.text_context]
             states = self.text(tokens, mask)
             caption = states[torch.arange(len(states), device=t.device), mask.sum(1) - 1]
         else:
-            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * unit
-        emb, context, mask = self.inject(emb + self.text_to_emb(caption), unit * z_i, states, mask)
+            states, mask, caption = self.text(text["states"]), text["mask"], text["z_t"] * gain
+        emb, context, mask = self.inject(emb + self.text_to_emb(caption), gain * z_i, states, mask)
 
         def run(blocks, h):
             for block in blocks:
