@@ -86,8 +86,8 @@ RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, war
         "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
         "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
         "decoder": Recipe(256, 17400, 1e-3, ema_decay=0.9995, at_once=64, loss=DROPS),
-        "upsample-256": Recipe(64, 15300, 1e-3, ema_decay=0.999, loss={"time_power": 2}),
-        "upsample-1024": Recipe(32, 12900, 1e-3, ema_decay=0.999, loss={"time_power": 3})},
+        "upsample-256": Recipe(64, 6000, 2e-3, ema_decay=0.999, loss={"time_power": 2}),
+        "upsample-1024": Recipe(64, 6000, 2e-3, ema_decay=0.999, loss={"time_power": 2})},
     "laptop": {
         "clip": Recipe(256, 20000, 5e-4, 0.1, 0.98, 1e-6, 0.999, 1000, recompute=True),
         "prior": Recipe(256, 100000, 1.1e-4, 0.06, 0.96, 1e-6, at_once=128),

@@ -10,8 +10,9 @@ side and are applied to whole pictures. The condition is damaged in training, so
 errors of the stage before: a Gaussian blur for the first, the BSR mix of blur, resizing, noise and
 JPEG for the second. Sampling is DDIM. The first has the cosine schedule, the second the linear one.
 
-Not in the paper: half of the crops are not blurred; sampling starts below t = 999 (top_step). The
-small `shapes` networks fold pixels into channels and predict a residual (eps_from_residual).
+Not in the paper: not all crops are damaged; sampling starts below t = 999 (top_step). The small
+`shapes` networks fold pixels into channels, predict a residual (eps_from_residual), and train on
+crops that hold edges (tries), the second on smaller ones.
 
     python upsample.py picture.png --size 1024
 """
@@ -41,12 +42,14 @@ class UpsamplerConfig:
     steps: int = 27                # DDIM steps
     ladder_power: float = 1.0      # their spacing (ladder)
     crop: float = 0.25             # side of a training crop, as a share of the picture's
+    damaged: float = 0.5           # share of the training crops that are damaged
+    tries: int = 1                 # crops drawn for each one kept, which varies most
     patch_size: int = 1
     channels: int = 320
     depth: int = 3                 # residual blocks a level
     multiples: tuple = (1, 2, 3, 4)
     norm_groups: int = 32
-    dropout: float = 0.1
+    dropout: float = 0.0
     prediction: str = "eps"        # or "residual" (eps_from_residual)
     scale_shift: bool = True       # ADM's blocks; False: the timestep embedding is only added
     enlarge: str = "bilinear"      # interpolation of the condition; or "bicubic"
@@ -56,20 +59,17 @@ class UpsamplerConfig:
     last: bool = False             # a second network for the last step (Karlo)
 
 
-def second(steps=15, **sizes):
-    """The 256→1024 stage's config: its own schedule, degradation and steps, with these sizes."""
-    return UpsamplerConfig(256, 1024, "linear", "bsr", steps, **sizes)
-
-
-TOY = {"channels": 32, "depth": 1, "multiples": (1, 2, 2), "norm_groups": 8, "dropout": 0.0,
-       "prediction": "residual"}
-DEEP = {"depth": 2, "multiples": (1, 1, 2, 2, 4, 4), "dropout": 0.0}
+SECOND = {"low_size": 256, "image_size": 1024, "schedule": "linear", "degradation": "bsr",
+          "damaged": 1.0, "steps": 15, "depth": 2, "multiples": (1, 1, 2, 2, 4, 4)}  # 256→1024
+TOY = {"prediction": "residual", "tries": 3, "steps": 2, "channels": 32, "depth": 1,
+       "multiples": (1, 2, 2), "norm_groups": 8}
 PRESETS = {
-    "shapes": {256: UpsamplerConfig(patch_size=2, steps=2, **TOY),
-               1024: second(patch_size=4, steps=2, **TOY)},
-    "laptop": {256: UpsamplerConfig(channels=96, depth=2),
-               1024: second(channels=48, norm_groups=16, **DEEP)},
-    "paper": {256: UpsamplerConfig(), 1024: second(channels=192, **DEEP)},
+    "shapes": {256: UpsamplerConfig(patch_size=2, **TOY),
+               1024: UpsamplerConfig(patch_size=4, crop=0.125,
+                                     **SECOND | TOY | {"damaged": 0.25})},
+    "laptop": {256: UpsamplerConfig(channels=96, depth=2, dropout=0.1),
+               1024: UpsamplerConfig(channels=48, norm_groups=16, **SECOND)},
+    "paper": {256: UpsamplerConfig(dropout=0.1), 1024: UpsamplerConfig(channels=192, **SECOND)},
 }
 
 
@@ -121,16 +121,18 @@ def noisy_residual(x_t, condition, alpha_t):
 
 
 def eps_from_residual(x_t, condition, output, alpha_t):
-    """ε of x̂_0 = condition + share · r + c_out · output, r being noisy_residual's (EDM eq. 7).
+    """ε of x̂_0 = condition + share · r + c_out · (A + B sigmoid(4 g)) (EDM eq. 7).
 
-    output (B, 4, H, W): its last channel is a. For a residual of variance v = RESIDUAL² exp(a),
-    Bayes' estimate is share · r, with share = v/(v + σ²). Not in the paper: a small network cannot
-    carry the noise of every pixel to its output. With a, it decides where x_t is to be trusted.
+    r, σ²: noisy_residual's. output (B, 8, H, W): A (3 channels), a, B (3) and g. A and A + B are
+    two colours with a switch between them, for sharp edges. For a residual of variance
+    v = RESIDUAL² exp(a), Bayes' estimate is share · r, share = v/(v + σ²). Not in the paper: a
+    small network cannot carry every pixel's noise to its output. a says where x_t is trusted.
     """
     r, variance = noisy_residual(x_t, condition, alpha_t)
-    share = torch.sigmoid(output[:, 3:] + math.log(RESIDUAL ** 2) - variance.log())
+    A, a, B, g = output.split((3, 1, 3, 1), 1)
+    share = torch.sigmoid(a + math.log(RESIDUAL ** 2) - variance.log())
     c_out = (variance * RESIDUAL ** 2 / (variance + RESIDUAL ** 2)).sqrt()
-    x_0 = condition + share * r + c_out * output[:, :3]
+    x_0 = condition + share * r + c_out * (A + B * torch.sigmoid(4 * g))
     return (x_t - alpha_t.sqrt() * x_0) / (1 - alpha_t).sqrt()
 
 
@@ -208,8 +210,11 @@ class Upsampler(nn.Module):
                     blocks.append(res(width, width, resample="up"))
                 self.up.append(nn.ModuleList(blocks))
         self.norm_out = nn.GroupNorm(c.norm_groups, width)
-        channels = (4 if c.prediction == "residual" else 3) * c.patch_size ** 2
-        self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
+        area = c.patch_size ** 2
+        self.conv_out = zero(nn.Conv2d(width, 3 * area, 3, padding=1))
+        if c.prediction == "residual":
+            self.conv_out = nn.Sequential(nn.Conv2d(width, 128, 3, padding=1), nn.SiLU(),
+                                          nn.Conv2d(128, 8 * area, 1))
         if c.last:
             self.last = Upsampler(replace(c, last=False))
 
@@ -222,7 +227,7 @@ class Upsampler(nn.Module):
         alpha_t, x = at(SCHEDULES[c.schedule](), t, x_t), x_t
         if c.prediction == "residual":
             r, variance = noisy_residual(x_t, condition, alpha_t)
-            x = r / (variance + RESIDUAL ** 2).sqrt()
+            x = r * RESIDUAL / (variance + RESIDUAL ** 2)  # much noise fades
         h = self.conv_in(F.pixel_unshuffle(torch.cat([x, condition], 1), c.patch_size))
         skips = [h]
         for block in self.down:
@@ -294,14 +299,15 @@ def training_crops(picture, config, rng, count):
     to_tensor = lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1)
     highs, lows = [], []
     for _ in range(count):
-        damaged = small
-        if config.degradation == "bsr":
+        damaged, chosen = small, rng.random() < config.damaged
+        if chosen and config.degradation == "bsr":
             damaged = bsr_degrade(small, rng)
-        elif rng.random() < 0.5:
+        elif chosen:
             blurred = gaussian_blur(to_tensor(small)[None].float())[0].round().byte()
             damaged = Image.fromarray(blurred.permute(1, 2, 0).numpy())
-        x, y = rng.integers(config.low_size - side + 1, size=2).tolist()
-        box = x, y, x + side, y + side
+        places = rng.integers(config.low_size - side + 1, size=(config.tries, 2)).tolist()
+        boxes = [(x, y, x + side, y + side) for x, y in places]
+        box = max(boxes, key=lambda box: np.asarray(small.crop(box)).std())
         lows.append(to_tensor(damaged.crop(box)))
         highs.append(to_tensor(picture.crop(tuple(factor * place for place in box))))
     return torch.stack(highs), torch.stack(lows)

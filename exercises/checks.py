@@ -5,6 +5,7 @@ Where a mistake is a common one its value is computed too, so that the message c
 back: `same` compares numbers, shapes and kinds, and grade.py turns whatever else goes wrong in a check into a failure.
 """
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -507,7 +508,7 @@ def training_crops(run):
     expect(45 <= plain <= 105, f"half of the crops are blurred, half are sharp (yours: {plain} of 150 sharp)")
     for axis in zip(*places):
         expect(min(axis) == 0 and max(axis) == 12, "crops come from everywhere, the picture's last rows and columns too")
-    config = upsample.UpsamplerConfig(low_size=16, image_size=64, crop=0.25, degradation="bsr")
+    config = upsample.UpsamplerConfig(low_size=16, image_size=64, crop=0.25, degradation="bsr", damaged=1.0)
     highs, lows = run(picture, config, np.random.SeedSequence(2), 40)
     whole = large.unfold(1, 16, 4).unfold(2, 16, 4).flatten(1, 2).transpose(0, 1)  # all crops on the grid
     sharp = small.unfold(1, 4, 1).unfold(2, 4, 1).flatten(1, 2).transpose(0, 1)
@@ -515,6 +516,10 @@ def training_crops(run):
     expect(all(found), "high crops are never damaged")
     expect(sum(torch.equal(sharp[k[0]], low) for k, low in zip(found, lows)) < 25,
            "where the config says bsr, bsr_degrade damages the condition")
+    plain = Image.new("RGB", (64, 64), "white")
+    plain.paste("black", (0, 0, 4, 4))
+    highs, _ = run(plain, dataclasses.replace(config, tries=1000), np.random.SeedSequence(3), 20)
+    expect((highs[:, :, 0, 0] == 0).all(1).sum() > 15, "of config.tries crops the one that varies most is kept")
 
 
 # ----------------------------------------------------------------------------- the prior (§2.2)

@@ -95,14 +95,15 @@ WRONG = {
          ("gaussian_blur", "pads with zeros", "filled with zeros", [('(1, 1, 1, 1), "reflect"', '(1, 1, 1, 1), "constant"')]),
          ("gaussian_blur", "does not normalize the kernel", "sum to 1", [("(kernel / kernel.sum())", "kernel")]),
          ("training_crops", "crops first and damages the crop", "damaged whole and then cropped", [
-             ("        damaged = small\n", "        x, y = rng.integers(config.low_size - side + 1, size=2).tolist()\n"
-              "        damaged = small.crop((x, y, x + side, y + "
-              "side))\n"), ("bsr_degrade(small, rng)", "bsr_degrade(damaged, rng)"),
-             ("to_tensor(small)[None]", "to_tensor(damaged)[None]"),
-             ("        x, y = rng.integers(config.low_size - side + 1, size=2).tolist()\n        box", "        box"),
+             ("        damaged, chosen = small,", "        x, y = rng.integers(config.low_size - side + 1, size=2).tolist()\n"
+              "        box = (x, y, x + side, y + side)\n        damaged, chosen = small.crop(box),"),
+             ("bsr_degrade(small, rng)", "bsr_degrade(damaged, rng)"), ("to_tensor(small)[None]", "to_tensor(damaged)[None]"),
+             ("        box = max(boxes, key=lambda box: np.asarray(small.crop(box)).std())\n", ""),
              ("lows.append(to_tensor(damaged.crop(box)))", "lows.append(to_tensor(damaged))")]),
          ("training_crops", "cuts the high crop off the grid", "begin on the low-resolution grid", [
              ("factor * place for place", "factor * place + 1 for place")]),
+         ("training_crops", "keeps the first of several crops", "the one that varies most", [
+             ("max(boxes, key=lambda box: np.asarray(small.crop(box)).std())", "boxes[0]")]),
          ("training_crops", "never reaches the border", "last rows and columns", [("config.low_size - "
              "side + 1", "config.low_size - side")])],
     13: [("DiffusionPrior.sequence", "is off by one", "off by one", [(".tril()", ".tril(-1)")]),

@@ -33,8 +33,8 @@ TINY = {
     "ar-prior": prior.ARConfig(embed_dim=16, clip_text_width=16, components=4, buckets=1024, width=16, layers=1, heads=1),
     decoder: decoder.DecoderConfig(patch_size=8, channels=16, depth=1, multiples=(1, 2), attention=(4,), head_channels=16, norm_groups=8,
                                    embed_dim=16, clip_text_width=16, text_layers=0, text_width=16, text_heads=1, text_context=77),
-    upsample: {256: upsample.UpsamplerConfig(patch_size=16, channels=16, depth=1, multiples=(1, 2), norm_groups=8),
-               1024: upsample.second(patch_size=64, channels=16, depth=1, multiples=(1, 2), norm_groups=8)},
+    upsample: {256: upsample.UpsamplerConfig(patch_size=16, channels=16, depth=1, multiples=(1, 2), norm_groups=8, dropout=0.1),
+               1024: upsample.UpsamplerConfig(**upsample.SECOND | {"patch_size": 64, "channels": 16, "depth": 1, "multiples": (1, 2), "norm_groups": 8, "dropout": 0.1})},
 }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,10 +285,34 @@ def test_velocity_and_residual_networks_hand_out_the_eps_they_mean():
     assert torch.allclose(decoder.eps_from_velocity(x_t, velocity, a), eps, atol=1e-4)
     # a residual network that hands out nothing but what is missing to x_0
     R, variance = upsample.RESIDUAL, 1 / a - 1
-    output = torch.randn(5, 4, 4, 4)
-    share = R ** 2 * output[:, 3:].exp() / (R ** 2 * output[:, 3:].exp() + variance)
-    output[:, :3] = (x_0 - low - share * (x_t / a.sqrt() - low)) / (variance * R ** 2 / (variance + R ** 2)).sqrt()
+    output = torch.randn(5, 8, 4, 4)
+    share = R ** 2 * output[:, 3:4].exp() / (R ** 2 * output[:, 3:4].exp() + variance)
+    missing = (x_0 - low - share * (x_t / a.sqrt() - low)) / (variance * R ** 2 / (variance + R ** 2)).sqrt()
+    output[:, :3] = missing - output[:, 4:7] / (1 + (-4 * output[:, 7:]).exp())
     assert torch.allclose(upsample.eps_from_residual(x_t, low, output, a), eps, atol=5e-3)
+
+
+def test_a_residual_is_one_colour_or_the_other_with_its_switch_shut_or_open():
+    x_t, low, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([30, 700])
+    A, a, B = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 4, 4), torch.randn(2, 3, 4, 4)
+    alpha_t, nothing = upsample.at(ALPHAS, t, x_t), torch.zeros(2, 1, 4, 4)
+    eps = lambda A, B, g: upsample.eps_from_residual(x_t, low, torch.cat([A, a, B, g], 1), alpha_t)
+    assert torch.allclose(eps(A, B, nothing - 9), eps(A, 0 * B, nothing), atol=1e-5)
+    assert torch.allclose(eps(A, B, nothing + 9), eps(A + B, 0 * B, nothing), atol=1e-5)
+
+
+def test_where_noise_is_strong_a_residual_network_does_not_see_it():
+    """Its answer at t = 990 differs by less than a thousandth between two noises, at t = 20 by far more."""
+    model = upsample.Upsampler(replace(upsample.PRESETS["shapes"][1024], channels=8)).eval()
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))  # no branch starts as nothing
+    low, heard = torch.randn(1, 3, 16, 16), []
+    model.conv_out.register_forward_hook(lambda module, inputs, output: heard.append(output.detach()))
+    for t in (20, 990):
+        for _ in range(2):
+            model(torch.randn(1, 3, 64, 64), torch.tensor([t]), low)
+    change = [float((heard[k] - heard[k + 1]).abs().mean() / heard[k].abs().mean()) for k in (0, 2)]
+    assert change[1] < 1e-3 < 0.01 < change[0], change
 
 
 @pytest.mark.parametrize("log_variance", [-3.0, 0.0, 2.0])
@@ -297,7 +322,7 @@ def test_a_residual_is_shrunk_as_bayes_rule_shrinks_it(log_variance):
     low, t = torch.zeros(6, 3, 1, 1).double(), torch.tensor([5, 40, 150, 400, 700, 950])
     a = upsample.at(ALPHAS, t, low).double()
     x_t = (a * v + 1 - a).sqrt() * torch.randn(6, 3, 1, 1).double()
-    output = torch.zeros(6, 4, 1, 1).double()
+    output = torch.zeros(6, 8, 1, 1).double()
     output[:, 3] = log_variance
     x_0 = (x_t - (1 - a).sqrt() * upsample.eps_from_residual(x_t, low, output, a)) / a.sqrt()
     d = torch.linspace(-12, 12, 40001).double() * v ** 0.5

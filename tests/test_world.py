@@ -198,6 +198,17 @@ def test_crops_of_the_condition_and_the_target_stay_aligned_for_every_crop():
     assert len({low.numpy().tobytes() for low in lows}) > 120  # of 169 places
 
 
+def test_of_several_crops_the_one_that_varies_most_is_kept():
+    """A dot in a corner of a plain picture: one crop in 169 holds it, but nearly every crop that is kept of 1,000."""
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    pixels[:4, :4] = 0
+    config = upsample.UpsamplerConfig(low_size=16, image_size=64)
+    for tries, least, most in ((1, 0, 6), (1000, 195, 200)):
+        highs, lows = upsample.training_crops(Image.fromarray(pixels), replace(config, tries=tries), np.random.default_rng(0), 200)
+        held = (highs[:, :, 0, 0] == 0).all(1)
+        assert least <= held.sum() <= most and torch.equal(held, lows[:, 0, 0, 0] < 150)
+
+
 def test_gaussian_blur_is_the_normalized_3_by_3_kernel():
     x = torch.zeros(1, 1, 7, 7)
     x[..., 3, 3] = 1
