@@ -309,7 +309,7 @@ def parse_arguments():
     add("--eta", type=float, nargs="+", default=[0, 0.5, 1], help="noise (default 0 0.5 1)")
     add = command("interpolate", 2, "walk from one picture's z_i to another's (§3.2)")
     add("--frames", type=int, default=9, help="pictures in a row (default 9)")
-    add("--noise", default="slerp", choices=["slerp", "fixed"], help="x_T turns too, or is fixed")
+    add("--noise", default="slerp", choices=["slerp", "fixed"], help="x_T turns (default) or stays")
     add("--rows", type=int, default=3, help="with --noise fixed, how many noises (default 3)")
     add = command("textdiff", 1, "edit a picture by the difference of two captions (§3.3)")
     add("--from", dest="source", metavar="CAPTION", help="of the picture (default: none)")

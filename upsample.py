@@ -291,8 +291,9 @@ def bsr_degrade(picture, rng):
 def training_crops(picture, config, rng, count):
     """`count` aligned pairs of one Pillow picture: (high, low), uint8 (count, 3, ·, ·) each.
 
-    low, the area average of high, is damaged whole, then cropped on its own grid: its pixel (i, j)
-    lies over pixels (4i … 4i+3, 4j … 4j+3) of high (§2.1). rng: a numpy Generator.
+    low, the area average of high, is damaged whole or not (config.damaged), then cropped where it
+    varies most (tries), on its own grid: its pixel (i, j) lies over (4i … 4i+3, 4j … 4j+3) of high
+    (§2.1). rng: a numpy Generator.
     """
     factor, side = config.image_size // config.low_size, round(config.low_size * config.crop)
     small = picture.reduce(factor)
