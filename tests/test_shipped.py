@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 import clip_embed
 import manipulate
 import sample
+import train
 from caption_accuracy import draw_and_score, read_scene
 from weights.checkpoints import read_checkpoint
 from common import decode, draw, load_network, observe
@@ -32,6 +34,13 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert sum(p.stat().st_size for p in sample.SHIPPED.iterdir()) < 40e6
     config = stack["decoder"].config  # as --help says
     assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (14, 8, 1.0, 64)
+
+
+@pytest.mark.parametrize("stage", ["prior", "ar-prior", "upsample-256", "upsample-1024"])
+def test_a_recipe_is_what_made_the_shipped_weights(stage):
+    recipe = train.RECIPES["shapes"][stage]
+    trained = read_checkpoint(sample.SHIPPED / f"{stage}.pt", stage)["trained"]
+    assert trained == {"step": recipe.steps, "recipe": asdict(recipe), "seed": 0}
 
 
 def test_the_emoji_weights_fit_together_and_name_whose_pictures_they_learned_from():
