@@ -12,7 +12,7 @@ the same options is exact (on a CPU, bit for bit). Processes and pieces change o
 
     python train.py all --preset shapes
     python train.py all --preset laptop --dry-run    # memory and hours
-    python train.py all --data photos --clip ViT-B-32.pt --preset laptop
+    python train.py all --data my-photos --clip ViT-B-32.pt --preset laptop
     python train.py decoder --resume                 # one stage, after a stop
     torchrun --nproc-per-node 4 train.py decoder     # on four GPUs
 """
@@ -579,7 +579,7 @@ def parse_arguments():
     add("--out", type=Path, help="folder of checkpoints, curves, samples (default runs/PRESET)")
     add("--clip", metavar="PATH", help="use this CLIP, frozen")
     add("--bpe", metavar="PATH", help="its merges file, if none lies beside it")
-    add("--steps", type=int, help="in all (default of the three: the recipe's)")
+    add("--steps", type=int, help="in all (default: the recipe's, as for the next two)")
     add("--batch-size", type=int, help="rows, of all processes together")
     add("--learning-rate", type=float, help="its peak")
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "

@@ -11,7 +11,7 @@ Their files share the name up to "@", and data/folder.py holds out all of them o
     npm install --prefix emoji_packages emoji-datasource-google emoji-datasource-twitter \\
         @lobehub/fluent-emoji-3d emojilib
     python data/emoji.py --from emoji_packages --out photos/emoji
-    python train.py clip --data photos/emoji
+    python train.py clip --data photos/emoji --out runs/emoji --steps 2000
 """
 
 import argparse
@@ -260,7 +260,7 @@ def main():
             pictures = pictures_of_packages(args.source, args.flags, args.skin_tones)
             words = WORDS
         print(*write_folder(pictures, words, args.out), sep="\n")
-        print(f"Next: python train.py clip --data {args.out}")
+        print(f"Next: python train.py clip --data {args.out} --out runs/emoji --steps 2000")
 
 
 if __name__ == "__main__":
