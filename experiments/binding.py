@@ -10,13 +10,13 @@ Out:  on stdout, a table over pairs of captions with swapped colours, such as "a
                          more (linear_probes.py)
         … prior          the same for z_i that a prior draws for the caption
         decoder          reads pictures decoded from a true picture's z_i, with the caption or
-        without
+                         without
         … chain          reads pictures made from the caption
       Pictures that show neither pair do not count here. The columns "right pairs" and "swapped
       pairs" are shares of all pictures. Then the conclusions. --picture: pictures of the first
       captions, with true ones above
 
-    python experiments/binding.py --picture docs/binding.png
+    python experiments/binding.py --picture runs/binding.png
 """
 
 import math
@@ -127,14 +127,14 @@ def measure(stack, args):
 def conclusions(rows):
     """The links up to z_i against chance; then the loss or gain of each further link.
 
-    The latter compares right pairs among all pictures.
+    The latter compares right pairs, and swapped ones, among all pictures. What shows neither is no swap.
     """
     sentences = [conclude(f"{link} against chance", rows[link]["right of the two"], 0.5, "binds", "prefers the swapped one")
             for link in ("CLIP", "z_i", "diffusion prior", "AR prior")]
     right, alone, both = (lambda link: rows[link]["right pairs"]), "decoder, z_i alone", "decoder, z_i and caption"
     sentences.append(conclude("… with the caption, against without", right(both), right(alone), "more", "fewer"))
-    return sentences + [conclude(f"Right pairs from the {name} prior's z_i, against the true picture's", right(f"{name} chain"), right(both),
-                            "more", "fewer") for name in ("diffusion", "AR")]
+    return sentences + [conclude(f"{kind.capitalize()} from the {name} prior's z_i, against the true picture's", rows[f"{name} chain"][kind],
+                                 rows[both][kind], "more", "fewer") for name in ("diffusion", "AR") for kind in ("right pairs", "swapped pairs")]
 
 
 def main():

@@ -10,7 +10,7 @@ Out:  on stdout, a table for 1, 2 and 8 draws of the diffusion prior, of which t
       A linear probe reads them from z_i. Then the conclusions. --picture: pictures of one caption,
       one number of draws per row
 
-    python experiments/candidates.py --picture docs/candidates.png
+    python experiments/candidates.py --picture runs/candidates.png
 """
 
 import sys

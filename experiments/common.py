@@ -317,8 +317,8 @@ def conclude(what, a, b, more="more", less="less"):
     if math.isnan(mean):
         return f"{what}: cannot be told, too little could be read."
     reach = t_quantile(len(difference) - 1) * error
-    if error < 1e-12 and abs(mean) > 1e-9:
-        return f"{what}: cannot be told, every seed gave the same difference ({mean:+.3f})."
+    if error < 1e-12:
+        return f"{what}: the same difference in every seed ({mean:+.3f}), so there is no interval."
     verdict = f"{more if mean > 0 else less}" if abs(mean) > reach + 1e-9 else "no difference shown"
     return f"{what}: {verdict} ({mean:+.3f} ± {error:.3f}; 95% interval {mean - reach:+.3f} to {mean + reach:+.3f})."
 

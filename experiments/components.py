@@ -12,7 +12,7 @@ relative to no component. It is 1 if the first component holds everything. The s
 may fail to draw attributes that z_i holds. The decodings are DDIM's and unguided, as in
 manipulate.py. The other experiments here sample ancestrally, with guidance.
 
-    python experiments/components.py --picture docs/components.png
+    python experiments/components.py --picture runs/components.png
 """
 
 import math

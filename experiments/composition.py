@@ -4,14 +4,14 @@ Not in the paper, which shows new compositions and counts none.
 
 In:   a folder of checkpoints
 Out:  on stdout, a table for the pairs never trained and for the twelve other pairs of the same
-      colours and shapes: how often both attributes are right, the colour, the shape, for
+      colours and shapes: how often all is right (one thing, with both attributes), the colour, the shape, for
         CLIP        the nearest of the captions of all 42 pairs to a true picture's z_i
         decoder     pictures decoded from a true picture's z_i alone, read from their pixels
         … chain     pictures from the caption
       Then the conclusions. They are about these four pairs; another four might differ. --picture:
       pictures of each kind, with true ones above
 
-    python experiments/composition.py --picture docs/composition.png
+    python experiments/composition.py --picture runs/composition.png
 """
 
 import sys
@@ -43,7 +43,7 @@ def named(stack, scenes, captions):
     for best, caption in zip((embed(stack, scenes) @ z_t_all.T).argmax(1).tolist(), captions):
         _, colour, shape = caption.split()
         verdict = {"colour": ALL[best][0] == colour, "shape": ALL[best][1] == shape}
-        result.append({"right": verdict | {"bound": all(verdict.values())}})
+        result.append({"right": verdict | {"all": all(verdict.values())}})
     return result
 
 
@@ -69,7 +69,7 @@ def measure(stack, args):
                 first[f"{link}, {kind}"] = images
             if kind not in sheets:
                 sheets[kind] = gallery(first, captions)
-    columns = {"both": right("bound"), "colour": right("colour"), "shape": right("shape")}
+    columns = {"all right": right("all"), "colour": right("colour"), "shape": right("shape")}
     rows = {name: {c: column(groups) for c, column in columns.items()} for name, groups in observations.items()}
     return dict(sorted(rows.items(), key=lambda row: list(rows).index(row[0].replace("never trained", "trained")))), sheets
 
@@ -78,7 +78,7 @@ def conclusions(rows):
     """The cost of pairs never trained, link by link."""
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
     return [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
-                     rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("both", "colour", "shape")]
+                     rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("all right", "colour", "shape")]
 
 
 def main():

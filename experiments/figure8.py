@@ -8,7 +8,7 @@ Out:  on stdout, a table: how often each attribute of the caption is shown, and 
       the decoders of --glide and --z-t. Then the conclusions. --picture: the first captions'
       pictures, one kind of z_i per row
 
-    python experiments/figure8.py --glide weights/glide/decoder.pt --picture docs/figure8.png
+    python experiments/figure8.py --glide weights/glide/decoder.pt --picture runs/figure8.png
 """
 
 import sys
@@ -49,9 +49,11 @@ def measure(stack, args, others):
 
 
 def conclusions(rows):
-    """The diffusion prior's z_i against each replacement, and against a true picture's z_i."""
-    best, sentences = "diffusion prior", []
-    for other in [name for name in rows if name != best]:
+    """Each prior's z_i against each replacement, and against a true picture's z_i."""
+    diffusion, ar = "diffusion prior", "AR prior"
+    pairs = [(diffusion, other) for other in rows if other != diffusion] + [(ar, other) for other in rows if other not in (diffusion, ar)]
+    sentences = []
+    for best, other in pairs:
         sentences += [conclude(f"{what}, {best} against {other}", rows[best][c], rows[other][c], "higher", "lower")
                  for c, what in (("all", "Captions shown"), ("distance, attributes", "Distance of what is shown"),
                                  ("distance, features", "Distance of features"))]

@@ -15,7 +15,7 @@ The model of the caption alone reads CLIP's states of the caption and its z_t. S
 with a pretrained text encoder; it lacks the draw of z_i. Table 1's questions are asked about the
 means over all scales of the sweep. So no scale is chosen by the measure that judges it.
 
-    python experiments/guidance.py --glide weights/glide/decoder.pt --n 24 --picture docs/guidance.png
+    python experiments/guidance.py --glide weights/glide/decoder.pt --picture runs/guidance.png
 """
 
 import sys

@@ -6,7 +6,7 @@ Out:  on stdout, a table for guidance of neither, of one and of both: how often 
       experiments/guidance.py. Then the conclusions. --picture: five pictures of one caption, one
       setting per row
 
-    python experiments/guided_prior.py --picture docs/guided-prior.png
+    python experiments/guided_prior.py --picture runs/guided-prior.png
 """
 
 import sys

@@ -3,7 +3,7 @@
 In:   a folder of checkpoints (clip.pt, decoder.pt). The shipped CLIP has never seen a letter. Two
       short trainings make a CLIP that has, in a quarter of its scenes, and a decoder for it:
         python experiments/train_words.py clip --words 0.25 --init weights/shapes/clip.pt --learning-rate 5e-4 --steps 3000 --out runs/words
-        python experiments/train_words.py decoder --words 0.25 --init weights/shapes/decoder.pt --learning-rate 5e-4 --steps 2000 --out runs/words
+        python experiments/train_words.py decoder --words 0.25 --init weights/shapes/decoder.pt --batch-size 16 --learning-rate 5e-4 --steps 2000 --out runs/words
 Out:  on stdout, a table for true pictures of a large thing, without and with the name of another
       shape across it. CLIP's label is the nearest caption of "a circle" … "a cross". The table
       shows how often it names the thing, how often the word, and how often one of the four other
@@ -12,7 +12,7 @@ Out:  on stdout, a table for true pictures of a large thing, without and with th
       how often CLIP, asked for the word, reads it: a CLIP that cannot read is not fooled either.
       Then the conclusions. --picture: pictures, plain and with a word, each above its decoding
 
-    python experiments/typographic.py --weights runs/words --picture docs/typographic.png
+    python experiments/typographic.py --weights runs/words --picture runs/typographic.png
 """
 
 import sys
@@ -40,14 +40,14 @@ RIM = 25  # shades: pixels darker by more than the thing and the background belo
 
 def scenes_of(n, seed):
     """n scenes of one large coloured thing, and the same with another shape's name across it."""
-    plain = []
+    worded = []
     for k in range(n):
         rng, thing = np.random.default_rng([seed, 1 << 55, k]), None
         while thing is None or thing.colour == "black":  # neutral pixels count as letters
             scene = random_scene(rng, 1)
             thing = replace(scene.things[0], size="large", word=pick(rng, [s for s in SHAPES if s != scene.things[0].shape]))
-        plain.append(lay_out(replace(scene, things=(thing,)), rng))
-    return [replace(s, things=(replace(s.things[0], word=""),)) for s in plain], plain
+        worded.append(lay_out(replace(scene, things=(thing,)), rng))
+    return [replace(s, things=(replace(s.things[0], word=""),)) for s in worded], worded
 
 
 def read_shape(image):
@@ -118,10 +118,11 @@ def measure(stack, args):
 def conclusions(rows):
     """The loss by the word, for CLIP and for decodings, and which is larger. Is the word read?
 
-    It is read if it is chosen more often than the other wrong shapes.
+    It is read if it is chosen more often than the other wrong shapes. Decodings are read by the
+    reader, whom words disturb too: so what a word takes from his own reading is taken off.
     """
     taken = lambda who: np.subtract(rows[f"{who}, plain"]["thing"], rows[f"{who}, with a word"]["thing"])
-    sentences = []
+    decoding, sentences = taken("decoding") - taken("the reader"), []
     for who, verb in (("CLIP", "names"), ("decoding", "shows")):
         worded = rows[f"{who}, with a word"]
         sentences += [conclude(f"{who} {verb} the thing, with a word across against plain", worded["thing"], rows[f"{who}, plain"]["thing"],
@@ -130,8 +131,8 @@ def conclusions(rows):
                           np.divide(worded["other"], 4), "more often, so it is read", "less often")]
     return sentences + [conclude("CLIP, asked for the word, says it, against one of five by chance", rows[ASKED]["word"], 0.2, "more often",
                             "less often"),
-                   conclude("What the word takes from CLIP's naming the thing, against the decoding's showing it", taken("CLIP"),
-                            taken("decoding"))]
+                   conclude("What the word takes from the decoding's showing the thing, less what it takes from the reader", decoding, 0),
+                   conclude("What the word takes from CLIP's naming the thing, against that", taken("CLIP"), decoding)]
 
 
 def main():

@@ -78,7 +78,7 @@ def test_a_conclusion_is_drawn_both_ways_and_by_chance_in_a_twentieth_of_the_cas
     assert "what: higher (+0.100 ± 0.000" in conclude("what", a, b, "higher", "lower")
     assert "what: lower (-0.100 ± 0.000" in conclude("what", b, a, "higher", "lower")
     assert "no difference shown (-0.000 ± 0.0" in conclude("what", a, np.mean(a) + 1e-9)
-    assert "no difference shown" in conclude("what", a, a) and "every seed gave the same" in conclude("what", [1, 1, 1], 0.5)
+    assert all("same difference in every seed" in conclude("what", *same) for same in ((a, a), ([1, 1, 1], 0.5)))
     assert "cannot be told" in conclude("what", [math.nan, 1], 0)
     rng = np.random.default_rng(1)
     wrong = np.mean(["no difference" not in conclude("", rng.normal(size=5), 0) for _ in range(400)])
