@@ -18,6 +18,7 @@ position, radius and tilt that leave the smallest error, then the colour.
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -299,9 +300,12 @@ def scene_of(asked, rng):
 
 
 def spread(pictures):
-    """{"x", "y", "radius": standard deviation, in shares of the side} of pictures of one thing."""
+    """{"x", "y", "radius": standard deviation in shares of the side, "correlation of x and y"}, of pictures of one thing."""
     things = [scene.things[0] for scene in map(read_scene, pictures) if len(scene.things) == 1]
-    return {name: float(np.std([getattr(t, name) for t in things])) if things else float("nan") for name in ("x", "y", "radius")}
+    if len(things) < 2:
+        return dict.fromkeys(("x", "y", "radius", "correlation of x and y"), math.nan)
+    deviations = {name: float(np.std([getattr(t, name) for t in things])) for name in ("x", "y", "radius")}
+    return deviations | {"correlation of x and y": float(np.corrcoef([(t.x, t.y) for t in things], rowvar=False)[0, 1])}
 
 
 def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
@@ -368,7 +372,7 @@ def main():
     add("--n", type=int, default=200, help="pictures to generate (default 200; 0: only the self-test)")
     add("--seed", type=int, default=0, help="of captions and noise; picture k has noise of seed + k (default 0)")
     add("--size", type=int, default=64, choices=sample.SIZES, help="pixels a side (default 64)")
-    add("--caption", help="one caption for all pictures; of a single thing's, the spread of place and radius is printed")
+    add("--caption", help="one caption for all pictures; of a single thing's, the spread of place and radius is printed, and if x and y vary together")
     add("--things", type=int, choices=(1, 2), help="only captions of so many things")
     add("--held-out", action="store_true", help="only scenes with a colour-shape pair that training never shows")
     add("--weights", type=Path, default=sample.SHIPPED, metavar="DIR",

@@ -16,6 +16,7 @@ record in the checkpoints, and avoids them. Columns:
                       0 either, because there are 32 of them as well
   diversity           1 − mean cosine of two z_i of one under-specified caption, as a share of the
                       value for true embeddings
+  diversity, all named  the same for captions that name all but places, tilts, radii and shading
   seconds             for 1,000 z_i, without encoding the captions
 "True, as codes" is what the autoregressive prior could reach: true embeddings with its components
 alone, in its buckets. "Any z_i·z_t" draws that product from its whole distribution, not from the top
@@ -49,6 +50,9 @@ from weights.checkpoints import fingerprint, load_stage, read_checkpoint
 
 OPEN = ("a red circle", "a blue star", "a yellow heart", "a large square", "a striped triangle", "a small cross")
 ROWS = ("true", "true, as codes", "diffusion", "autoregressive", "autoregressive, any z_i·z_t", "z_t shifted", "z_t")
+NAMED = ("a large solid red circle on white", "a small striped blue star on pink", "a large striped yellow heart on gray",
+         "a small solid green square on mint", "a large solid purple cross above a small striped orange triangle on white",
+         "a small striped red heart left of a large solid black circle on mint")
 STEPS = (64, 10)
 DISTANCES = ("distance, one draw", "distance, mean of 32")
 
@@ -187,10 +191,11 @@ def measure(stack, seed, n, used, shift):
     reference = embed(stack, scenes)
     z_t, z_i, seconds = with_truth(captions, seed)
     few = [caption for caption in captions[:100] for _ in range(32)]
-    many = [caption for caption in OPEN for _ in range(64)]
+    many = [caption for caption in OPEN + NAMED for _ in range(64)]
     group = lambda z, size: z.unflatten(0, (-1, size))
     true_few, true_many = (embed(stack, [scene_of(parse_caption(c), rng) for c in some]) for some in (few, many))
     few, many = with_truth(few, seed + 1000)[1], with_truth(many, seed + 2000)[1]
+    shares = {name: spread_out(group(many[name], 64)) / spread_out(group(true_many, 64)) for name in ROWS}
     rows = {}
     for name in ROWS:
         near = (z_i[name][:1000] @ reference[:1000].T).argmax(1).tolist()
@@ -198,7 +203,7 @@ def measure(stack, seed, n, used, shift):
                       "nearest fits": float(np.mean([fits(scenes[j], s) for j, s in zip(near, asked)])),
                       "Fréchet": 1000 * frechet(z_i[name], reference),
                       **dict(zip(DISTANCES, off(group(few[name], 32), group(true_few, 32)))),
-                      "diversity": float((spread_out(group(many[name], 64)) / spread_out(group(true_many, 64))).mean()),
+                      "diversity": float(shares[name][:len(OPEN)].mean()), "diversity, all named": float(shares[name][len(OPEN):].mean()),
                       "seconds": seconds[name] * 1000 / n if name in seconds else float("nan")}
     variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, variance=variance: prior.sample(
         stack["prior"], text, null, noise, steps=steps, candidates=1, variance=variance)

@@ -141,10 +141,12 @@ def test_a_scene_made_from_a_caption_shows_what_it_says_and_varies_in_the_rest()
     assert len({s.things[0].colour for s in scenes}) == 6 and {s.things[1].fill for s in scenes} == {"solid", "striped"}  # no purple star in training
 
 
-def test_spread_is_the_deviation_of_place_and_radius():
-    scenes = [Scene((Thing("circle", "red", "large", "solid", x, 0.5, 0.18),), None, "white", 0.0) for x in (0.3, 0.7)]
+@pytest.mark.parametrize("places, correlation", [(((0.3, 0.4), (0.7, 0.6)), 1), (((0.3, 0.6), (0.3, 0.4), (0.7, 0.6), (0.7, 0.4)), 0)])
+def test_spread_is_the_deviation_of_place_and_radius_and_whether_x_and_y_vary_together(places, correlation):
+    scenes = [Scene((Thing("circle", "red", "large", "solid", x, y, 0.18),), None, "white", 0.0) for x, y in places]
     found = caption_accuracy.spread([render(s, 64) for s in scenes])
-    assert abs(found["x"] - 0.2) < 0.01 and found["y"] < 0.01 and found["radius"] < 0.01
+    assert abs(found["x"] - 0.2) < 0.01 and abs(found["y"] - 0.1) < 0.01 and found["radius"] < 0.01
+    assert abs(found["correlation of x and y"] - correlation) < 0.05
 
 
 def test_the_contact_sheet_holds_the_failures_alone():
