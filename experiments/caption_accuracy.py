@@ -301,11 +301,10 @@ def scene_of(asked, rng):
 
 def spread(pictures):
     """{"x", "y", "radius": standard deviation in shares of the side, "correlation of x and y"}, of pictures of one thing."""
-    things = [scene.things[0] for scene in map(read_scene, pictures) if len(scene.things) == 1]
-    if len(things) < 2:
-        return dict.fromkeys(("x", "y", "radius", "correlation of x and y"), math.nan)
-    deviations = {name: float(np.std([getattr(t, name) for t in things])) for name in ("x", "y", "radius")}
-    return deviations | {"correlation of x and y": float(np.corrcoef([(t.x, t.y) for t in things], rowvar=False)[0, 1])}
+    values = np.array([(t.x, t.y, t.radius) for scene in map(read_scene, pictures) if len(scene.things) == 1 for t in scene.things])
+    correlation = np.corrcoef(values[:, :2], rowvar=False)[0, 1] if len(values) > 1 else math.nan
+    deviations = values.std(0) if len(values) > 1 else [math.nan] * 3
+    return dict(zip(("x", "y", "radius", "correlation of x and y"), map(float, (*deviations, correlation))))
 
 
 def self_test(n, seed=0, size=SIDE, change=lambda picture: picture, bar=False):
