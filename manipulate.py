@@ -154,21 +154,20 @@ def restored(stack, z_i, z_theta, t=160):
     """z_θ (B, d), to which z_i moved, put back among pictures' z_i by the diffusion prior: (B, d).
 
     Not in the paper. z_d is not exactly a difference of pictures: z_θ lies outside the z_i that the
-    decoder has learned from. The prior has learned the same z_i. Without a caption, it restores
-    z_i and z_θ from the same noise of timestep t; z_i moves by the difference. So z_i keeps what
-    the prior cannot restore (places). With Karlo's prior (no unit norm), z_θ stays.
+    decoder has learned from. The prior has learned the same z_i. Without a caption, it restores z_i
+    and z_θ from the same noise of timestep t; z_i moves by the difference. Karlo's z_θ stays.
     """
     model, d = stack["prior"], z_i.shape[1]
     if not model.config.unit_norm:
         return z_theta
     text, _ = encode_captions(stack["clip"], stack["tokenizer"], [""] * 2 * len(z_i))
-    z_0 = torch.cat([z_i, z_theta]).to(text["z_t"]) * prior.scale(d)  # (2B, d)
+    z_0 = model.standardize(torch.cat([z_i, z_theta]).to(text["z_t"]))  # (2B, d)
     t = torch.full_like(z_0[:, 0], t, dtype=torch.long)
     eps = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(z_0)  # one for all rows
     noised = prior.q_sample(z_0, t, eps, prior.cosine_schedule())
-    own, moved = in_batches(model, len(z_0), BATCH[64], lambda part: model(
-        noised[part], t[part], rows(text, part))).chunk(2)
-    return F.normalize(z_i + (moved - own).to(z_i) / prior.scale(d), dim=1)
+    own, moved = in_batches(model, len(z_0), BATCH[64], lambda part: model.embedding(
+        model(noised[part], t[part], rows(text, part)))).chunk(2)
+    return F.normalize(z_i + (moved - own).to(z_i), dim=1)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ The diffusion prior is a diffusion model P(z_i|y). Its network is a causal trans
 
 whose last output predicts z_i itself, not the noise: prior_loss is E‖f(z_i^(t), t, y) − z_i‖².
 Sampling takes 64 of the 1000 steps, ancestral with the analytic variance, for two candidates, and
-keeps the one closer to z_t. Coordinates of a unit vector are near 1/√d, far below noise of
-deviation 1, so the diffusion scales embeddings to the paper's deviation, 0.54 (scale).
+keeps the one closer to z_t. A unit vector's coordinates are near 1/√d, far below noise of deviation
+1, so the diffusion works on larger ones. Not in the paper: each principal component is divided by
+its size (standardize).
 
 The autoregressive prior writes z_i as a sequence: the principal components that keep 99% of its
 variance, the largest first, each quantized into 1024 buckets. A causal transformer predicts one
@@ -18,11 +19,11 @@ after the other, by cross-entropy (ar_loss):
 
     z_t | bucket of z_i·z_t | code 1 | … | code K − 1      →      code 1, …, code K
 
-When sampling, the second token is drawn from the top half of the training distribution: it asks for
-a z_i that fits the caption. Both priors drop the caption 10% of the time, for guidance. Not in the
-paper: the empty caption is the null condition; buckets are equally full; see also ARPrior.
+When sampling, the second token is drawn from the top half of the training distribution: a z_i that
+fits the caption. Both priors drop the caption 10% of the time, for guidance. Not in the paper: the
+empty caption is the null condition; buckets are equally full; see also ARPrior.
 
-    python prior.py "a red circle"           # draws z_i from each prior and compares them
+    python prior.py "a red circle"   # draws z_i from each prior and compares them
 """
 
 import argparse
@@ -90,14 +91,6 @@ def posterior(alpha_t, alpha_s):
     return from_x_0, from_x_t, beta * (1 - alpha_s) / (1 - alpha_t)
 
 
-def scale(d):
-    """The factor of unit embeddings in the diffusion: 17.2 at d = 1024 (§2.2, appendix C).
-
-    At any d a coordinate then has the deviation 17.2 / √1024 = 0.54, that of ImageNet's pixels.
-    """
-    return 17.2 * math.sqrt(d / 1024)
-
-
 def timestep_embedding(t, dim):
     """Sinusoids of the timesteps t (B,) → (B, dim), cosines first, as guided-diffusion has them."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -134,7 +127,7 @@ class Block(nn.Module):
 
 
 class DiffusionPrior(nn.Module):
-    """f(z_i^(t), t, y), the transformer that predicts z_i, at the diffusion's scale (§2.2)."""
+    """f(z_i^(t), t, y), the transformer that predicts the standardized z_i (§2.2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -150,10 +143,26 @@ class DiffusionPrior(nn.Module):
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
         self.ln_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
-        if not c.unit_norm:
-            self.register_buffer("mean", torch.zeros(c.embed_dim))
-            self.register_buffer("deviation", torch.ones(c.embed_dim))
+        self.register_buffer("mean", torch.zeros(c.embed_dim))  # see standardize
+        self.register_buffer("deviation", torch.ones(c.embed_dim))
+        if c.unit_norm:
+            identity = torch.zeros(c.embed_dim, c.embed_dim).fill_diagonal_(1)
+            self.register_buffer("components", identity)
         self.register_buffer("errors", torch.zeros(1000))  # by estimate_errors, after training
+
+    def standardize(self, z_i):
+        """z_i (B, d) → principal components, each over its `deviation` (embeddings.standard)."""
+        with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 is too coarse
+            z = (z_i.float() - self.mean.float()) @ self.components.float().T
+        return z / self.deviation.float()
+
+    def embedding(self, z):
+        """Undoes standardize: z (B, d) → z_i (B, d), unit-norm (but Karlo's)."""
+        z = z.float() * self.deviation
+        if not self.config.unit_norm:
+            return z + self.mean
+        with torch.autocast(z.device.type, enabled=False):
+            return F.normalize(z @ self.components.float() + self.mean, dim=-1)
 
     def sequence(self, z_i_t, t, text):
         """The blocks' input: (x (B, L + 4, width), mask (B, 1, L + 4, L + 4)) (§2.2).
@@ -199,21 +208,24 @@ def randn(generators, shape, device):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
-def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
+def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1, most=1):
     """E‖f(z_i^(t), t, y) − z_i‖² per coordinate, the caption dropped 10% of the time (§2.2, eq. 2).
 
-    z_i (B, d) unit-norm; text of B captions, null of the empty one; generators: one torch.Generator
-    a row. Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of
-    caption and z_t, so for `shapes` four draws cost half as much again as one.
+    z_i (B, d); text of B captions, null of the empty one; generators: one torch.Generator a row.
+    Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of caption
+    and z_t, so for `shapes` four draws cost half as much again as one. A row's loss is multiplied
+    by its signal-to-noise ratio, at least 1 and at most `most`, so that detail is learned too.
     """
     alphas_cumprod, cache, total = cosine_schedule(), [], 0
+    weights = (alphas_cumprod / (1 - alphas_cumprod)).clamp(1, most)
     drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < drop_caption
     text = drop_text(text, null, drop.to(z_i.device))
-    z_0 = z_i * scale(z_i.shape[1])
+    z_0 = model.standardize(z_i)
     for _ in range(draws):
         t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(z_i.device)
         z_i_t = q_sample(z_0, t, randn(generators, z_i.shape, z_i.device), alphas_cumprod)
-        total = total + F.mse_loss(model(z_i_t, t, text, cache), z_0)
+        error = (model(z_i_t, t, text, cache) - z_0).square().mean(1)
+        total = total + (at(weights, t, error) * error).mean()
     return total / draws
 
 
@@ -238,7 +250,7 @@ def estimate_errors(model, batches, generator, points=112):
     """
     alphas_cumprod, errors = cosine_schedule(), []
     for z_i, text in batches:
-        z_0, cache = z_i * scale(z_i.shape[1]), []
+        z_0, cache = model.standardize(z_i), []
         for t in ladder(points, len(alphas_cumprod) - 1):
             t = torch.full((len(z_0),), t, device=z_0.device)
             noise = torch.randn(z_0.shape, generator=generator).to(z_0.device)
@@ -258,15 +270,14 @@ def guided(f, x, text, null, guidance_scale):
 
 
 @torch.no_grad()
-def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2,
-           variance="analytic", bar=False):
-    """z_i (B, d) for B captions: unit-norm, or of CLIP's norm (unit_norm False) (§2.2, table 3).
+def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, bar=False):
+    """z_i (B, d) for B captions, unit-norm (but Karlo's) (§2.2, table 3).
 
     Draws `candidates` per caption and keeps the one with the largest dot product with z_t.
     generators: one torch.Generator a caption. guidance_scale, steps: None for the config's. Each
-    step draws x_s from q(x_s|x_t, x̂_0), which divides by no √ᾱ_t: so the first t can be 999.
-    variance: "fixed-small" is β̃. "analytic" is the best variance that all coordinates share:
-    β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d (Analytic-DPM, for an x_0-predictor).
+    step draws x_s from q(x_s|x_t, x̂_0), which divides by no √ᾱ_t: so the first t can be 999. Its
+    variance is the best that all coordinates can share (Analytic-DPM, for an x_0-predictor):
+    β̃ + (factor of x̂_0)² · E‖x_0 − x̂_0‖²/d. Without `errors` (Karlo's) it is β̃.
     """
     c, (B, d), alphas_cumprod, cache = model.config, text["z_t"].shape, cosine_schedule(), []
     guidance_scale = c.guidance if guidance_scale is None else guidance_scale
@@ -280,14 +291,12 @@ def sample(model, text, null, generators, guidance_scale=None, steps=None, candi
         if s is not None:
             factors = posterior(alphas_cumprod[t], alphas_cumprod[s])
             from_z_0, from_z_t, beta_tilde = (float(factor) for factor in factors)
-            error = float(model.errors[t]) if variance == "analytic" else 0
-            deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * error)
+            deviation = math.sqrt(beta_tilde + from_z_0 ** 2 * float(model.errors[t]))
             noise = randn(generators, shape, device).flatten(0, 1)
             z = from_z_0 * z_0 + from_z_t * z + deviation * noise
-    z_i = F.normalize(z_0, dim=-1)
     if not c.unit_norm:  # Karlo's library ends with ᾱ in float32: times 0.99947
-        end = float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))
-        z_i = end * z_0 * model.deviation + model.mean
+        z_0 = z_0 * float((1 - alphas_cumprod[0]) / (1 - alphas_cumprod.float()[0]))
+    z_i = model.embedding(z_0)
     best = (F.normalize(z_i, dim=-1) * text["z_t"]).sum(1).view(B, candidates).argmax(1)
     return z_i.view(shape)[torch.arange(B, device=device), best]
 
@@ -382,10 +391,10 @@ class ARPrior(nn.Module):
     """P(code | earlier codes, z_i·z_t, z_t, y), code by code: a causal transformer (§2.2).
 
     Not in the paper: each block's keys and values begin with the caption's, made from CLIP's
-    states. Table 3's latent decoder has a context of 384, too short for 256 caption tokens beside
-    319 codes. CLIP's text tower is the only text encoder: with table 3's too, the prior would have
-    2.2B parameters, not the 1B of that table. As buckets are ordered, their vectors start as
-    cosines of their rank. Logits use the same vectors. Each place of the sequence rescales them.
+    states, since table 3's context of 384 is too short for 256 caption tokens beside 319 codes.
+    CLIP's text tower is the only text encoder: with table 3's too, there would be 2.2B parameters,
+    not that table's 1B. As buckets are ordered, their vectors start as cosines of their rank.
+    Logits use the same vectors. Each place of the sequence rescales them.
     """
 
     def __init__(self, config):
@@ -462,17 +471,12 @@ def ar_loss(model, z_i, text, null, generators, drop_caption=0.1):
 
 
 @torch.no_grad()
-def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.0,
-               percentile=50.0, bar=False):
+def draw_codes(model, text, null, generators, guidance_scale=1.0, percentile=50.0, bar=False):
     """Codes (B, K) for B captions, one after the other (§2.2).
 
     generators: one torch.Generator a caption. The bucket of z_i·z_t is drawn from the training
-    distribution above `percentile` (50: its top half). Guidance and temperature act on the logits.
-    Raises ValueError for a percentile outside [0, 100] or a temperature ≤ 0.
+    distribution above `percentile` (0 to 100; 50: its top half). Guidance acts on the logits.
     """
-    if not 0 <= percentile <= 100 or not temperature > 0:
-        raise ValueError(f"percentile {percentile} must be between 0 and 100, "
-                         f"temperature {temperature} above 0")
     K, buckets, codes, cache = model.config.components, model.config.buckets, [], []
     uniform = torch.stack([torch.rand(K + 1, generator=g) for g in generators])
     uniform = uniform.to(text["z_t"].device)
@@ -481,7 +485,7 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, temperature=1.
     for k in tqdm(range(K), desc="ar-prior", disable=not bar):
         logits = guided(lambda token, text: model(token, text, cache)[:, -1], token, text, null,
                         guidance_scale)
-        cdf = (logits / temperature).softmax(1).cumsum(1)
+        cdf = logits.softmax(1).cumsum(1)
         drawn = uniform[:, k + 1:k + 2] * cdf[:, -1:]
         token = torch.searchsorted(cdf, drawn)
         codes.append(token)
@@ -506,11 +510,11 @@ def print_cosines(title, z_i, z_t):
 def main():
     parser = argparse.ArgumentParser(
         description="Draw image embeddings for a caption from each prior and compare them: the "
-        "cosine of each with z_t, and with the others. Those of vague captions spread more.")
+        "cosines with z_t and with one another. Those of vague captions spread more.")
     here, add = Path(__file__).parent, parser.add_argument
     add("captions", nargs="+", metavar="CAPTION")
-    add("--n", type=int, default=6, help="how many z_i to draw (default 6)")
-    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default 1)")
+    add("--n", type=int, default=6, help="z_i to draw (default 6)")
+    add("--guidance", type=float, default=1.0, help="its scale; 1 is none (default 1)")
     add("--steps", type=int, default=64, help="of the diffusion prior (the paper's 64)")
     add("--weights", type=Path, default=here / "weights/shapes", help="folder of checkpoints")
     add("--seed", type=int, default=0)

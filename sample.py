@@ -81,7 +81,6 @@ class Chain:
     prior_kind: str = "diffusion"        # or "ar". z_i is z_t for "text", 0 for "none" (fig. 8)
     prior_guidance: float | None = None
     prior_steps: int | None = None
-    variance: str = "analytic"           # of the diffusion prior's steps
     decoder_guidance: float | None = None
     decoder_steps: int | None = None
     eta: float | None = None             # of DDIM; None: ancestral with the learned variance
@@ -108,8 +107,7 @@ class Chain:
 
         def diffusion(network, some, noise):
             return prior.sample(network, rows(self.text, some), self.null, noise,
-                                self.prior_guidance, self.prior_steps, variance=self.variance,
-                                bar=bar)
+                                self.prior_guidance, self.prior_steps, bar=bar)
 
         def autoregressive(network, some, noise):
             guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
@@ -142,11 +140,10 @@ def surprise(model, z_i, text, steps=32):
     """How badly a diffusion prior restores each z_i (B, d) from noise, given its caption: (B,).
 
     ‖x_0 − x̂_0‖²/d in units of the prior's `errors`, the mean over `steps` timesteps: 1 on average
-    for training pairs, infinite if `errors` were never estimated. All calls share one noise. Not in
-    the paper (compare the diffusion classifier, Li et al. 2023).
+    for training pairs. Not in the paper (compare the diffusion classifier, Li et al. 2023).
     """
     alphas_cumprod, generator = prior.cosine_schedule(), torch.Generator().manual_seed(0)
-    z_0, cache, total = z_i * prior.scale(z_i.shape[1]), [], 0
+    z_0, cache, total = model.standardize(z_i), [], 0
     for rung in prior.ladder(steps, len(alphas_cumprod) - 1):
         t = torch.full((len(z_0),), rung, device=z_0.device)
         eps = torch.randn(z_0.shape[1], generator=generator).to(z_0.device)
@@ -270,8 +267,6 @@ def parse_arguments():
         "diffusion (default) or ar (autoregressive) prior; text: z_t; none: no z_i (fig. 8)")
     add("--prior-guidance", type=float, help="default 1, no guidance (§5.5: in the prior it hurt)")
     add("--prior-steps", type=int, help="of the diffusion prior (default 64, as in the paper)")
-    add("--variance", default="analytic", choices=["analytic", "fixed-small"],
-        help="of the diffusion prior's steps (default analytic, as in the paper)")
     add("--decoder-guidance", type=float, help="default 1, none (the paper, table 2: 1.25)")
     add("--decoder-steps", type=int, help="default 14, for a laptop (the paper: 250)")
     add("--candidates", type=int, help="draw at most so many for each picture, until the prior "
@@ -305,7 +300,7 @@ def main():
                            precision=args.precision)
         warn_of_unknown_words(stack["tokenizer"], captions)
         captions = [caption for caption in captions for _ in range(args.n)]
-        names = ("prior_kind", "prior_guidance", "prior_steps", "variance", "decoder_guidance",
+        names = ("prior_kind", "prior_guidance", "prior_steps", "decoder_guidance",
                  "decoder_steps", "eta", "candidates", "upsample_steps")
         options = {name: getattr(args, name) for name in names}
         shown = options | {"precision": str(stack.dtype)[6:]}

@@ -45,7 +45,7 @@ import upsample
 from clip_embed import UserError, check_ranges, one_line_errors, to_floats, to_tensor
 from data import shapes
 from data.charts import write_report
-from data.embeddings import FrozenCLIP, embed_folder, embed_scenes
+from data.embeddings import FrozenCLIP, embed_folder, embed_scenes, standard
 from data.folder import FolderBatches, TooFew, gather
 from data.processes import (asked_to_stop, attention_kernel, first_before_others, gather_rows,
                             ignore_stops, join_processes, machine_memory, mean_of_ranks,
@@ -83,7 +83,7 @@ DROPS = {"drop_z_i": 0.3, "drop_caption": 0.3, "time_power": 0.5}
 RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, warm-up; the rest by name
     "shapes": {
         "clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.25, 0.75), scale=15.0),
-        "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
+        "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4, "most": 10}),
         "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
         "decoder": Recipe(256, 17400, 1e-3, ema_decay=0.9995, at_once=64, loss=DROPS),
         "upsample-256": Recipe(64, 6000, 2e-3, ema_decay=0.999, loss={"time_power": 2}),
@@ -107,7 +107,7 @@ RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, war
 
 @dataclass
 class Context:
-    """All that a stage's loss and sheet need beside network and batch."""
+    """What a stage's loss and sheet need beside network and batch."""
     batches: Callable          # (stage, batch_size, seed, config, …) → Dataset of batches
     picture: Callable          # (number, side) → a Pillow picture of the training set
     device: torch.device
@@ -116,11 +116,11 @@ class Context:
     recipe: Recipe
     config: object = None      # sizes of the stage's network
     tokenizer: object = None   # clip's
-    frozen: object = None      # priors, decoder: the FrozenCLIP that they are trained with
-    codes: dict = field(default_factory=dict)  # ar-prior: components and buckets (prior.fit_codes)
+    frozen: object = None      # priors, decoder: their FrozenCLIP
+    codes: dict = field(default_factory=dict)  # priors: what they keep of all z_i
     given: str = "z_i"         # decoder: --given
-    shown: tuple = (0, 1)      # upsamplers: numbers of the pictures on the sample sheet
-    alone: bool = False        # clip: compare with near misses only, at this step
+    shown: tuple = (0, 1)      # upsamplers: pictures of the sample sheet
+    alone: bool = False        # clip: near misses only, at this step
     extra: dict = field(default_factory=dict)  # in the checkpoint: CLIP's fingerprint, …
 
 
@@ -316,7 +316,7 @@ def build(stage, context, init=None):
         if not same_sizes(asdict(other.config), asdict(config)):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
         model.load_state_dict(other.state_dict())
-    model.load_state_dict(context.codes, strict=False)  # ar-prior
+    model.load_state_dict(context.codes, strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     for block in model.modules():
         if recipe.recompute and isinstance(block, clip_embed.ResidualAttentionBlock):
@@ -355,7 +355,7 @@ def held_out_loss(run, batches):
 
 
 def save(run, path):
-    """Write a Run's checkpoint; a finished prior's with its errors, for the analytic variance."""
+    """Write a checkpoint; a finished prior's with its errors, for the analytic variance."""
     context = run.context
     if run.stage == "prior" and run.step == context.recipe.steps:
         generator = torch.Generator().manual_seed(context.seed)
@@ -369,7 +369,7 @@ def save(run, path):
 
 @torch.no_grad()
 def report(run, batch, path):
-    """Write a Run's CSV, loss curve and sample sheet beside its checkpoint. Raises UserError."""
+    """Write CSV, curve and sample sheet beside the checkpoint. Raises UserError."""
     sheet = STAGES[run.stage].sheet(run.ema, to_device(batch, run.context.device), run.context)
     write_report(run.rows, sheet, path)
 
@@ -420,7 +420,7 @@ def prepare_frozen_clip(context, args):
 
 
 def prepare_prior(context, args, presets=prior.PRESETS):
-    """The frozen CLIP and z_i of the fixed scenes."""
+    """The frozen CLIP, z_i of the scenes."""
     prepare_frozen_clip(context, args)
     frozen, c = context.frozen, context.frozen.clip.config
     context.config = replace(presets[args.preset], embed_dim=c.embed_dim,
@@ -429,6 +429,8 @@ def prepare_prior(context, args, presets=prior.PRESETS):
         frozen.z_i = torch.zeros(shapes.FIXED_SCENES, c.embed_dim)
     elif not args.data:
         embed_scenes(frozen, args.out, args.seed, args.workers)
+    if presets is prior.PRESETS and not (args.dry_run or args.init):
+        context.codes = standard(frozen.z_i, args.preset)
 
 
 def prepare_ar_prior(context, args):
@@ -475,7 +477,7 @@ def prepare_upsampler(context, args, size):
 
 
 def clip_sheet(model, batch, context):
-    """Eight pictures, and their cosines with eight captions as greys from 0 to 1."""
+    """Eight pictures, and their cosines with eight captions as greys."""
     images, captions = batch[0][:8], batch[1][:8]
     z_t = clip_embed.encode_captions(model, context.tokenizer, captions)[0]["z_t"]
     cosine = (clip_embed.encode_pictures(model, images) @ z_t.T).clamp(0, 1)
@@ -496,7 +498,7 @@ def prior_sheet(model, batch, context, sample=prior.sample):
 
 
 def decoder_sheet(model, batch, context):
-    """Eight pictures above decodings of z_i (or --given) and captions, in 25 steps."""
+    """Eight pictures above decodings of z_i (or --given) and captions."""
     batch = [part[:8] for part in batch]
     text, null = context.frozen.encode_texts(batch[1])
     z_i = z_i_of_batch(batch, text, context) * (context.given != "caption")
@@ -538,7 +540,7 @@ STAGES = {
 
 
 def dry_run(stage, args, device):
-    """Print a stage's parameters, memory (no activations), speed here, and hours."""
+    """Print a stage's parameters, memory (no activations), speed and hours."""
     context = prepare(stage, args, device)
     steps, size = context.recipe.steps, context.recipe.batch_size
     with torch.device("meta"):

@@ -574,23 +574,22 @@ def prior_loss(run):
         seen.update(z=z.double(), t=t, dropped=text["z_t"][:, 0] == 0)
         return 0.5 * z + 0.1
 
+    model.standardize = lambda z_i: 3 * z_i.roll(1, 1) + 1
     got = run(model, z_i, text, null, generators(B))
-    t, z_0 = seen["t"], z_i.double() * prior.scale(d)
+    t, z_0 = seen["t"], model.standardize(z_i.double())
     a = alphas[t][:, None]
     expect(abs(float(t.double().mean()) - 499.5) < 25 and t.min() < 15 and t.max() > 984,
            "the timesteps are drawn evenly from all 1000")
-    early = float(seen["z"][t < 20].norm(dim=1).mean())
-    expect(abs(early - prior.scale(d)) < 0.1, f"unit-norm z_i are multiplied by scale(d) before noise is added, here "
-           f"{prior.scale(d):.2f} (yours by "
-           f"about {early:.2f}): else the noise drowns them")
+    early = (seen["z"] - z_0)[t < 20].square().mean()
+    expect(early < 0.1, "z_i are standardized (model.standardize) before noise is added")
     noise = (seen["z"] - a.sqrt() * z_0) / (1 - a).sqrt()
     expect(abs(float(noise.mean())) < 0.03 and abs(float(noise.var()) - 1) < 0.04,
-           "z_i^(t) is q_sample of the scaled z_i with noise from N(0, 1)")
+           "z_i^(t) is q_sample of the standardized z_i with noise from N(0, 1)")
     share = float(seen["dropped"].double().mean())
     expect(abs(share - 0.1) < 0.025, f"the caption is dropped 10% of the time (yours {share:.0%})")
     out, mse = 0.5 * seen["z"] + 0.1, lambda a, b: (a - b).square().mean()
-    same(got, mse(out, z_0), "the loss is the mean squared distance of the prediction to z_i itself, at the diffusion's scale", {
-        "the prior predicts z_i, not the noise": mse(out, noise), "yours compares with the unscaled z_i": mse(out, z_i.double()),
+    same(got, mse(out, z_0), "the loss is the mean squared distance of the prediction to z_i itself, as standardized", {
+        "the prior predicts z_i, not the noise": mse(out, noise), "yours compares with z_i as they come": mse(out, z_i.double()),
         "the mean is over coordinates too": mse(out, z_0) * d, "it is squared": (out - z_0).abs().mean()})
     run(model, z_i, text, null, generators(B, 1))
     expect(not torch.equal(seen["t"], t), "each row draws its random numbers from its generator, not from torch's own")
@@ -600,22 +599,29 @@ def prior_loss(run):
         calls.append((z.double(), t, 0.5 * z.double() + 0.1))
         return 0.5 * z + 0.1
 
+    noted.standardize = model.standardize
     got = run(noted, z_i, text, null, generators(B), draws=3)
     expect(len(calls) == 3, "with draws=3 the network is asked three times")
     expect(not torch.equal(calls[0][1], calls[1][1]) and not torch.equal(calls[0][0], calls[1][0]),
            "each draw has a timestep and noise of its own")
     mean = sum(mse(out, z_0) for *_, out in calls) / 3
     same(got, mean, "the loss is the mean over the draws", {"yours is their sum: it is the mean over the draws": 3 * mean})
+    calls.clear()
+    got, (_, t, out) = run(noted, z_i, text, null, generators(B), most=5), calls[0]
+    ratio, errors = alphas[t] / (1 - alphas[t]), (out - z_0).square().mean(1)
+    same(got, (ratio.clamp(1, 5) * errors).mean(), "a row's error is multiplied by ᾱ/(1 − ᾱ), at least 1 and at most `most`", {
+        "yours has no least factor": (ratio.clamp(0, 5) * errors).mean(), "yours has no factor": errors.mean()})
 
 
 def estimate_errors(run):
-    d, factor = 6, prior.scale(6)
+    d, factor = 6, 2.5
     batches = [(unit(8, d, seed=k), {"z_t": torch.full((8, d), float(k))}) for k in (1, 3)]
 
     def model(z, t, text, cache=None):
         k = int(text["z_t"][0, 0])
         return unit(8, d, seed=k) * factor + (k * t[:, None] / 1000).sqrt()  # off by √(kt/1000) everywhere
 
+    model.standardize = lambda z_i: z_i * factor
     line = torch.arange(1000) / 1000
     rungs = prior.ladder(112, 999)
     absolute = torch.from_numpy(np.interp(np.arange(1000), rungs, [(k / 1000) ** 0.5 * (1 + 3 ** 0.5) / 2 for k in rungs]))

@@ -26,6 +26,7 @@ half (§2.2).
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -205,9 +206,11 @@ def measure(stack, seed, n, used, shift):
                       **dict(zip(DISTANCES, off(group(few[name], 32), group(true_few, 32)))),
                       "diversity": float(shares[name][:len(OPEN)].mean()), "diversity, all named": float(shares[name][len(OPEN):].mean()),
                       "seconds": seconds[name] * 1000 / n if name in seconds else float("nan")}
-    variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, variance=variance: prior.sample(
-        stack["prior"], text, null, noise, steps=steps, candidates=1, variance=variance)
-        for steps in STEPS for variance in ("analytic", "fixed-small")}
+    networks = {"analytic": stack["prior"], "fixed-small": copy.deepcopy(stack["prior"])}
+    networks["fixed-small"].errors.zero_()
+    variances = {f"{steps} steps, {variance}": lambda text, null, noise, steps=steps, network=network: prior.sample(
+        network, text, null, noise, steps=steps, candidates=1)
+        for steps in STEPS for variance, network in networks.items()}
     drawn = draw(stack, captions, seed, variances)[1]
     return {"priors": rows, "variances": {name: 1000 * frechet(z, reference) for name, z in drawn.items()}}
 

@@ -30,6 +30,7 @@ import decoder
 import prior
 import sample
 from clip_embed import check_ranges, encode_captions, one_line_errors, pick_device, to_floats, to_tensor
+from data.embeddings import scale
 from data.shapes import BACKGROUNDS, RELATIONS, VALUES, all_attributes, describe, order, random_scene, render
 from priors import embed
 
@@ -68,16 +69,16 @@ def train_probe(z_i, targets, epochs=40):
     optimizer = torch.optim.AdamW(probe.parameters(), 2e-3, weight_decay=0.01)
     steps = epochs * (len(z_i) // 256)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scale = prior.scale(z_i.shape[1])
+    size = scale(z_i.shape[1])
     for step in range(steps):
         rows = torch.randint(len(z_i), (256,))
-        logits = probe(z_i[rows] * scale).split(SIZES, 1)
+        logits = probe(z_i[rows] * size).split(SIZES, 1)
         loss = sum(F.cross_entropy(part, target) for part, target in zip(logits, targets[rows].T))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return lambda z: torch.stack([part.argmax(1) for part in probe(z * scale).split(SIZES, 1)], 1)
+    return lambda z: torch.stack([part.argmax(1) for part in probe(z * size).split(SIZES, 1)], 1)
 
 
 def probe_prior(args, device):
@@ -104,7 +105,8 @@ def probe_prior(args, device):
     noise = torch.randn(z_true.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     mean = sample.in_batches(model, args.n, 128, lambda part: model(noise[part], t[part], sample.rows(text, part)))
     centre, components, variances = prior.pca([z_known])
-    error = ((mean / prior.scale(z_true.shape[1]) - z_true).double() @ components.T).square().mean(0)
+    off = (mean.to(device) - model.standardize(z_true.to(device))) * model.deviation  # along the prior's components
+    error = ((off @ model.components).cpu().double() @ components.T).square().mean(0)
     print("\n| components | error at t = 999, share of their variance |\n|---|---|")
     for first, last in GROUPS:
         print(f"| {first + 1} to {last} | {error[first:last].sum() / variances[first:last].sum():.4f} |")

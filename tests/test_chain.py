@@ -196,8 +196,7 @@ def test_z_t_or_nothing_can_stand_in_z_is_place(kind, want, weights, monkeypatch
 
 
 def test_the_two_priors_make_other_pictures_of_a_caption_and_a_missing_one_is_one_line(weights, tmp_path):
-    pictures = [sample.generate(sample.load_stack(weights, prior_kind=kind), ["a star"], prior_kind=kind, **OPTIONS | {"variance": variance})
-                for kind, variance in (("diffusion", "analytic"), ("diffusion", "fixed-small"), ("ar", "analytic"))]
+    pictures = [sample.generate(sample.load_stack(weights, prior_kind=kind), ["a star"], prior_kind=kind, **OPTIONS) for kind in ("diffusion", "ar")]
     assert all(p.isfinite().all() for p in pictures) and all(not torch.equal(p, q) for p, q in itertools.combinations(pictures, 2))
     for file in weights.iterdir():
         if file.name != "ar-prior.pt":
@@ -363,7 +362,7 @@ def test_sample_writes_pngs_with_their_settings_and_never_over_an_old_one(weight
     assert len(paths) == 9 and all(p.parent == tmp_path and p.exists() for p in paths)
     assert Image.open(paths[0]).text["seed"] == "7" and Image.open(paths[7]).text["caption"] == "ünïcode ☃"
     settings = Image.open(paths[0]).text["settings"]
-    assert settings == "prior-kind diffusion, prior-steps 2, variance analytic, decoder-steps 2, precision float32" and "unconditional" in paths[2].name
+    assert settings == "prior-kind diffusion, prior-steps 2, decoder-steps 2, precision float32" and "unconditional" in paths[2].name
     assert Image.open(paths[8]).size == (128, 256) and "seconds: prior" in err
     old = paths[0].read_bytes()
     run(sample, monkeypatch, "a RED/circle", *words)
@@ -475,12 +474,19 @@ def test_the_priors_checkpoints_hold_what_sampling_needs(tiny, monkeypatch):
     assert errors.shape == (1000,) and (errors > 0).all() and errors.isfinite().all()
     assert errors[0] < errors[500] < errors[999] and not checkpoint["training"]["model"]["errors"].any()
     z_i = torch.from_numpy(np.load(next(tiny.out.glob("z_i-*.npy"))))
+    standardized = embeddings.standard(z_i, "shapes")
+    assert all(torch.allclose(checkpoint["model"][name], value.float(), atol=1e-6) for name, value in standardized.items())
+    given = checkpoint["model"]
     checkpoint = torch.load(tiny.out / "ar-prior.pt", weights_only=True)
     model = checkpoints.load_model(prior.ARPrior, prior.ARConfig, checkpoint, "ar-prior.pt")
     lost = (model.decode(model.encode(z_i)) - z_i).square().sum() / (z_i - z_i.mean(0)).square().sum()
     assert lost < 0.02 and (model.dot_edges.diff() >= 0).all() and model.dot_edges.abs().max() <= 1
     begun = {"init": tiny.out / "ar-prior.pt", "clip": tiny.out / "clip.pt", "out": tiny.out / "other", "seed": 7}
     train.train("ar-prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))  # other scenes, the codes of its weights
+    begun["init"] = tiny.out / "prior.pt"
+    train.train("prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))
+    tuned = torch.load(tiny.out / "other/prior.pt", weights_only=True)["model"]
+    assert all(torch.equal(tuned[name], given[name]) for name in standardized)
     tuned = torch.load(tiny.out / "other/ar-prior.pt", weights_only=True)["model"]
     assert all(torch.equal(tuned[name], buffer) for name, buffer in model.named_buffers())
 

@@ -12,6 +12,7 @@ import torch
 import decoder
 import prior
 import upsample
+from data.embeddings import scale
 
 ALPHAS = decoder.cosine_schedule()
 
@@ -154,12 +155,13 @@ def test_prior_samples_a_direction_with_its_exact_denoiser():
 
     def model(z, t, text, cache):
         a = ALPHAS[t].float()[:, None]
-        mean, var = m * prior.scale(d), (s * prior.scale(d)) ** 2
+        mean, var = m * scale(d), (s * scale(d)) ** 2
         return mean + a.sqrt() * var / (a * var + 1 - a) * (z - a.sqrt() * mean)
 
-    n, model.config = 600, prior.PriorConfig()
+    n, model.config, model.embedding = 600, prior.PriorConfig(), lambda z: torch.nn.functional.normalize(z, dim=-1)
+    model.errors = torch.zeros(1000)
     text = {"z_t": torch.zeros(n, d)}
-    z_i = prior.sample(model, text, {"z_t": torch.zeros(1, d)}, generators(n), candidates=1, steps=500, variance="fixed-small")
+    z_i = prior.sample(model, text, {"z_t": torch.zeros(1, d)}, generators(n), candidates=1, steps=500)
     want = torch.nn.functional.normalize(m + s * torch.randn(100_000, d), dim=1)
     assert torch.allclose(z_i.norm(dim=1), torch.ones(n), atol=1e-5)
     assert torch.allclose(z_i.mean(0), want.mean(0), atol=0.03)
@@ -169,7 +171,7 @@ def test_prior_samples_a_direction_with_its_exact_denoiser():
 def test_prior_keeps_the_candidate_closer_to_z_t():
     d = 8
     model = lambda z, t, text, cache: z  # whatever the noise was
-    model.config = prior.PriorConfig()
+    model.config, model.embedding = prior.PriorConfig(), lambda z: torch.nn.functional.normalize(z, dim=-1)
     model_text = {"z_t": torch.nn.functional.normalize(torch.randn(5, d), dim=1)}
     null = {"z_t": torch.zeros(1, d)}
     one = prior.sample(model, model_text, null, generators(5), steps=1, candidates=1)
@@ -389,6 +391,7 @@ def test_z_i_is_dropped_a_tenth_and_the_caption_half_of_the_time_independently()
     assert share(seen["z_i"]) == pytest.approx(0.1, abs=0.01) and share(seen["caption"]) == pytest.approx(0.5, abs=0.015)
     assert share(seen["z_i"] & ~seen["caption"]) == pytest.approx(0.05, abs=0.006)
     f = lambda z, t, text, cache: (seen.update(prior=text["z_t"][:, 0] == 0), z)[1]
+    f.standardize = lambda z_i: z_i
     prior.prior_loss(f, torch.ones(n, 4), text, no_text(1), generators(n))
     assert share(seen["prior"]) == pytest.approx(0.1, abs=0.01)
 

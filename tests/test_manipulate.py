@@ -22,6 +22,7 @@ import upsample
 from caption_accuracy import read_scene
 from clip_embed import UserError
 from data import shapes
+from data.embeddings import scale
 from manipulate import decode, interpolate, invert, pca_reconstruct, restored, slerp, text_diff, variations
 from weights import checkpoints
 
@@ -212,9 +213,15 @@ class GaussianPrior(torch.nn.Module):
         self.mean, self.s = torch.nn.Parameter(mean), s
         self.config, self.asked = prior.PriorConfig(**config), []
 
+    def standardize(self, z_i):
+        return z_i * scale(16)
+
+    def embedding(self, z):
+        return z / scale(16)
+
     def forward(self, x, t, text):
         self.asked.append((t, text))
-        a, m, v = prior.cosine_schedule()[t][:, None], self.mean * prior.scale(16), (self.s * prior.scale(16)) ** 2
+        a, m, v = prior.cosine_schedule()[t][:, None], self.mean * scale(16), (self.s * scale(16)) ** 2
         return (m + a.sqrt() * v / (a * v + 1 - a) * (x - a.sqrt() * m)).float()
 
 

@@ -15,6 +15,7 @@ import prior
 import upsample
 from clip_embed import UserError
 from conftest import ROOT
+from data.embeddings import scale
 from weights import checkpoints
 
 TINY_CLIP = clip_embed.CLIPConfig(embed_dim=8, image_size=64, vision_patch_size=16, vision_width=32, vision_layers=2, vision_heads=2,
@@ -63,11 +64,21 @@ def test_a_network_without_weights_has_the_same_tensors_draws_nothing_and_keeps_
 
 @pytest.mark.parametrize("build", [
     lambda n: torch.zeros(n, n), lambda n: torch.randn((n, n)), lambda n: torch.nn.Linear(n, n), lambda n: torch.nn.Embedding(n, n),
-    lambda n: torch.arange(n)[:, None] * torch.arange(n), lambda n: torch.cat([torch.zeros(n)] * n), lambda n: torch.arange(n * n)])
+    lambda n: torch.arange(n)[:, None] * torch.arange(n), lambda n: torch.cat([torch.zeros(n)] * n), lambda n: torch.arange(n * n),
+    lambda n: prior.DiffusionPrior(prior.PriorConfig(embed_dim=n, width=1, heads=1))])
 def test_what_is_larger_than_its_limit_is_stopped_before_it_takes_memory(build):
     build(8)
     with pytest.raises(ValueError, match="much larger than its weights"), checkpoints.WithoutWeights(1 << 21):
         build(1 << 20)  # 4 TB
+
+
+def test_a_prior_of_before_embeddings_were_standardized_multiplies_them_by_one_number():
+    new = {"mean", "components", "deviation"}
+    model = {name: value for name, value in prior.DiffusionPrior(TINY_PRIOR).state_dict().items() if name not in new}
+    loaded = checkpoints.load_model(prior.DiffusionPrior, prior.PriorConfig,
+                                    {"stage": "prior", "config": vars(TINY_PRIOR), "model": model}, "x.pt")
+    z_i = F.normalize(torch.randn(5, 8), dim=1)
+    assert torch.allclose(loaded.standardize(z_i), z_i * scale(8)) and torch.allclose(loaded.embedding(3 * z_i), z_i)
 
 
 def test_a_config_or_a_stretched_tensor_that_asks_for_more_than_the_file_holds_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Both priors of §2.2: codes that lose little, a cache that changes nothing, and the variance that few steps need."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ import priors
 import sample
 import train
 from caption_accuracy import parse_caption, score
+from clip_embed import UserError
 from data import shapes
+from data.embeddings import scale, standard
 
 TINY = prior.ARConfig(embed_dim=8, clip_text_width=16, components=5, buckets=16, width=32, layers=2, heads=2)
 ALPHAS = prior.cosine_schedule()
@@ -113,12 +116,6 @@ def test_too_few_buckets_are_named():
         prior.fit_codes(embeddings(100), buckets=2)
 
 
-@pytest.mark.parametrize("percentile, temperature", [(-1, 1), (101, 1), (math.nan, 1), (50, 0)])
-def test_a_percentile_or_temperature_that_cannot_be_is_named(percentile, temperature, text):
-    with pytest.raises(ValueError, match="must be between 0 and 100, temperature"):
-        prior.draw_codes(tiny_prior(), text(B=1), text(B=1), generators(1), 1, temperature, percentile)
-
-
 # ----------------------------------------------------------------------------- the autoregressive prior
 
 def test_each_code_hears_those_before_it_and_the_caption_but_nothing_later_and_no_padding(text):
@@ -174,14 +171,14 @@ class Table:
         return torch.where(said[:, None], self.logits[len(cache) - 1], self.null[len(cache) - 1])[:, None]
 
 
-@pytest.mark.parametrize("guidance_scale, temperature", [(1.0, 1.0), (3.0, 1.0), (1.0, 0.5), (0.0, 2.0)])
-def test_codes_are_drawn_with_the_probabilities_of_guided_and_tempered_logits(guidance_scale, temperature):
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 3.0])
+def test_codes_are_drawn_with_the_probabilities_of_guided_logits(guidance_scale):
     n = 6000
     logits, null = torch.randn(2, 3, 6)
     y, nothing = {"z_t": torch.ones(n, 4)}, {"z_t": torch.zeros(1, 4)}
-    codes = prior.draw_codes(Table(logits, null), y, nothing, generators(n), guidance_scale, temperature)
+    codes = prior.draw_codes(Table(logits, null), y, nothing, generators(n), guidance_scale)
     for k in range(3):
-        p = (null[k] * (1 - guidance_scale) + guidance_scale * logits[k]).div(temperature).exp()
+        p = (null[k] * (1 - guidance_scale) + guidance_scale * logits[k]).exp()
         share = torch.bincount(codes[:, k], minlength=6) / n
         assert torch.allclose(share, p / p.sum(), atol=0.03)
 
@@ -238,12 +235,47 @@ def test_the_paper_preset_has_table_3s_billion_parameters():
 
 # ----------------------------------------------------------------------------- the diffusion prior's variance
 
+def test_standardized_embeddings_have_components_of_like_size_and_come_back():
+    """Against numpy: whatever the components' sizes, those above the mean variance become nearly alike."""
+    rng, d = np.random.default_rng(0), 16
+    turn = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    sizes = np.array([1.0] * 8 + [0.3] * 4 + [0.001] * 4)
+    z_i = torch.from_numpy(0.5 + rng.normal(size=(20_000, d)) * sizes @ turn).float()
+    z_i = F.normalize(z_i, dim=1)
+    model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=d, clip_text_width=16, text_context=6, width=16, layers=1, heads=2))
+    model.load_state_dict(standard(z_i, "shapes"), strict=False)
+    z = model.standardize(z_i)
+    assert float(z.square().mean()) == pytest.approx(17.2 ** 2 / 1024, rel=1e-3) and float(z.mean(0).abs().max()) < 1e-3
+    covariance = np.cov(z.numpy().T)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-4
+    variances = np.linalg.eigvalsh(np.cov(z_i.double().numpy().T))
+    want = variances / (variances + variances.mean())
+    assert np.diag(covariance) == pytest.approx(want * np.diag(covariance).sum() / want.sum(), rel=0.01, abs=1e-5)
+    assert torch.allclose(model.embedding(z), z_i, atol=1e-5)
+    lengths = model.embedding(z + torch.randn_like(z)).norm(dim=1)
+    assert torch.allclose(lengths, torch.ones_like(lengths), atol=1e-5)
+    half = copy.deepcopy(model).bfloat16()  # as `train.py export` rounds its buffers
+    assert torch.allclose(half.embedding(half.standardize(z_i)), z_i, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):  # in training
+        assert torch.allclose(model.embedding(model.standardize(z_i)), z_i, atol=1e-5)
+    alike = standard(z_i[:1].expand(64, d), "shapes")
+    assert all(value.isfinite().all() for value in alike.values()) and (alike["deviation"] > 0).all()
+    with pytest.raises(UserError, match="NaN or infinity"):
+        standard(torch.full((64, d), math.nan), "shapes")
+
+
 class GaussianPosterior:
     """The exact E[x_0|x_t] of x_0 ~ N(mean, s² I) at the diffusion's scale, standing in for a network."""
 
     def __init__(self, mean, s):
         self.mean, self.s = mean, s
         self.errors, self.config = self.exact(torch.arange(1000)).float(), prior.PriorConfig()
+
+    def standardize(self, z_i):
+        return z_i * scale(z_i.shape[1])
+
+    def embedding(self, z):
+        return F.normalize(z, dim=-1)
 
     def exact(self, t):
         """Var[x_0|x_t] a coordinate: what is left of s² once x_t, a measurement with noise (1 − ᾱ)/ᾱ, is known."""
@@ -257,7 +289,7 @@ class GaussianPosterior:
 def test_estimated_errors_of_an_exact_denoiser_are_the_posterior_variance_at_every_t():
     d = 64
     model = GaussianPosterior(0.1, 0.4)
-    z_i = [(0.1 + 0.4 * torch.randn(1000, d)) / prior.scale(d) for _ in range(2)]
+    z_i = [(0.1 + 0.4 * torch.randn(1000, d)) / scale(d) for _ in range(2)]
     errors = prior.estimate_errors(model, [(z, {}) for z in z_i], torch.Generator().manual_seed(0))
     assert errors.shape == (1000,) and torch.allclose(errors, model.exact(torch.arange(1000)).float(), rtol=0.03, atol=1e-4)
 
@@ -268,7 +300,7 @@ def test_several_draws_of_a_caption_are_the_mean_of_single_ones_with_their_gradi
     model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=8, clip_text_width=16, text_context=6, width=16, layers=2, heads=2))
     z_i, y, null = F.normalize(torch.randn(3, 8), dim=1), text(B=3, padding=2), text(B=1)
     whole = torch.autograd.grad(prior.prior_loss(model, z_i, y, null, generators(3), 0.5, draws=4), [*model.parameters()])
-    together, noises, z_0 = generators(3), [], z_i * prior.scale(8)
+    together, noises, z_0 = generators(3), [], z_i
     drop = torch.cat([torch.rand(1, generator=g) for g in together]) < 0.5
     assert drop.any() and not drop.all()
     losses = []
@@ -289,7 +321,7 @@ def test_surprise_of_an_exact_denoiser_is_one_for_its_own_data_and_has_its_close
     t = torch.linspace(0, 999, 32).round().long()
     r, q = 1 / model.s ** 2, ALPHAS[t] / (1 - ALPHAS[t])
     want = float(((spread ** 2 * r ** 2 + q) / (r + q)).mean())
-    z_i = (0.1 + spread * torch.randn(400, d)) / prior.scale(d)
+    z_i = (0.1 + spread * torch.randn(400, d)) / scale(d)
     found = sample.surprise(model, z_i, {})
     assert found.shape == (400,) and float(found.mean()) == pytest.approx(want, rel=0.03)
     assert spread != 0.4 or float(found.mean()) == pytest.approx(1, rel=0.03)
@@ -301,7 +333,7 @@ def test_surprise_tells_which_caption_an_embedding_is_of_as_bayes_rule_does():
     d, s, n = 64, 0.4, 2000
     means = torch.stack([torch.zeros(d), 0.5 * torch.nn.functional.normalize(torch.randn(d), dim=0)])
     z_0 = means[torch.randint(2, (n,))] + s * torch.randn(n, d)
-    surprises = torch.stack([sample.surprise(GaussianPosterior(mean, s), z_0 / prior.scale(d), {}) for mean in means])
+    surprises = torch.stack([sample.surprise(GaussianPosterior(mean, s), z_0 / scale(d), {}) for mean in means])
     logs = -(z_0 - means[:, None]).square().sum(2) / (2 * s ** 2)
     sure = (logs[0] - logs[1]).abs() > 1  # elsewhere the noise of 32 timesteps may decide
     assert sure.sum() > 300 and (surprises.argmin(0) == logs.argmax(0))[sure].float().mean() > 0.97
@@ -317,8 +349,9 @@ def variances_seen(variance, steps, model, n=4000, d=4):
             return calls[-1][2].float()
 
     spy = Spy(model.mean, model.s)
+    spy.errors *= variance == "analytic"
     y = {"z_t": torch.zeros(n, d)}
-    prior.sample(spy, y, {"z_t": torch.zeros(1, d)}, generators(n), steps=steps, candidates=1, variance=variance)
+    prior.sample(spy, y, {"z_t": torch.zeros(1, d)}, generators(n), steps=steps, candidates=1)
     return calls
 
 
@@ -352,7 +385,7 @@ def test_a_sampler_with_a_cache_gives_what_it_gives_without(text):
     for guidance_scale in (1.0, 2.0):
         a = prior.sample(model, y, null, generators(3), guidance_scale, 5)
         forgetful = lambda z, t, text, cache: model(z, t, text)
-        forgetful.errors, forgetful.config = model.errors, model.config
+        forgetful.errors, forgetful.config, forgetful.embedding = model.errors, model.config, model.embedding
         assert torch.allclose(a, prior.sample(forgetful, y, null, generators(3), guidance_scale, 5), atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import decoder
 import prior
 import train
 import upsample
+from data.embeddings import scale, standard
 
 ROOT = Path(__file__).parent.parent
 MAP = (ROOT / "docs/reading-map.md").read_text(encoding="utf-8").replace("](../", "](")  # paths from the root
@@ -155,10 +157,15 @@ def test_the_optimizer_is_the_recipes_with_beta_1_of_0_9(monkeypatch, tmp_path):
     assert decays == {0.06: {True}, 0: {False}}  # matrices and kernels; not biases and norms
 
 
-def test_the_prior_scales_by_17_2_at_1024_and_to_one_deviation_elsewhere():
-    assert prior.scale(1024) == pytest.approx(17.2)
+@torch.no_grad()
+def test_the_paper_preset_scales_z_i_by_17_2_at_1024_and_to_one_deviation_elsewhere():
+    assert scale(1024) == pytest.approx(17.2)
     for d in (128, 768, 1024):
-        z = torch.nn.functional.normalize(torch.randn(4000, d), dim=1) * prior.scale(d)
+        z_i = torch.nn.functional.normalize(torch.randn(4000, d), dim=1)
+        model = prior.DiffusionPrior(replace(prior.PRESETS["shapes"], embed_dim=d))
+        model.load_state_dict(standard(z_i, "paper"), strict=False)
+        z = model.standardize(z_i)
+        assert torch.allclose(z, z_i * scale(d), rtol=1e-4)
         assert float(z.std()) == pytest.approx(17.2 / math.sqrt(1024), rel=0.01)
 
 

@@ -179,6 +179,10 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
             model = build(config)
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
+    if hasattr(model, "components") and checkpoint["stage"] == "prior" and "deviation" not in have:
+        d = config.embed_dim  # an older prior: it learned z_i times one number (embeddings.scale)
+        one_number = torch.full((d,), (1024 / max(1, d)) ** 0.5 / 17.2)
+        have |= {"mean": torch.zeros(d), "deviation": one_number, "components": torch.eye(d)}
     check_tensors(layout(model.state_dict()), have, checkpoint["stage"], path)
     model.requires_grad_(False)
     for name, parameter in layout(model.state_dict()).items():
