@@ -9,9 +9,8 @@ The diffusion prior is a diffusion model P(z_i|y). Its network is a causal trans
 
 whose last output predicts z_i itself, not the noise: prior_loss is E‖f(z_i^(t), t, y) − z_i‖².
 Sampling takes 64 of the 1000 steps, ancestral with the analytic variance, for two candidates, and
-keeps the one closer to z_t. A unit vector's coordinates are near 1/√d, far below noise of deviation
-1, so the diffusion works on larger ones. Not in the paper: each principal component is divided by
-its size (standardize).
+keeps the one closer to z_t. Unit vectors would drown in the noise, so the diffusion works on larger
+ones. Not in the paper: each principal component is divided by its size (standardize).
 
 The autoregressive prior writes z_i as a sequence: the principal components that keep 99% of its
 variance, the largest first, each quantized into 1024 buckets. A causal transformer predicts one
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 @dataclass
 class PriorConfig:
-    """Sizes of the diffusion prior, and how it is sampled (table 3)."""
+    """Sizes and sampling of the diffusion prior (table 3)."""
     embed_dim: int = 1024          # d of z_i and z_t
     clip_text_width: int = 1024    # width of CLIP's text states
     text_context: int = 256        # CLIP's tokenizer gives 77 at most
@@ -144,10 +143,10 @@ class DiffusionPrior(nn.Module):
         self.ln_out = nn.LayerNorm(c.width)
         self.out = nn.Linear(c.width, c.embed_dim)
         self.register_buffer("mean", torch.zeros(c.embed_dim))  # see standardize
-        self.register_buffer("deviation", torch.ones(c.embed_dim))
+        paper = torch.full([c.embed_dim], 32 / 17.2 / c.embed_dim ** 0.5)  # z_i times 17.2
+        self.register_buffer("deviation", paper)
         if c.unit_norm:
-            identity = torch.zeros(c.embed_dim, c.embed_dim).fill_diagonal_(1)
-            self.register_buffer("components", identity)
+            self.register_buffer("components", torch.eye(c.embed_dim))
         self.register_buffer("errors", torch.zeros(1000))  # by estimate_errors, after training
 
     def standardize(self, z_i):
@@ -157,7 +156,7 @@ class DiffusionPrior(nn.Module):
         return z / self.deviation.float()
 
     def embedding(self, z):
-        """Undoes standardize: z (B, d) → z_i (B, d), unit-norm (but Karlo's)."""
+        """Undoes standardize: z → z_i (B, d), unit-norm (but Karlo's)."""
         z = z.float() * self.deviation
         if not self.config.unit_norm:
             return z + self.mean
@@ -213,8 +212,8 @@ def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1, mo
 
     z_i (B, d); text of B captions, null of the empty one; generators: one torch.Generator a row.
     Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of caption
-    and z_t, so for `shapes` four draws cost half as much again as one. A row's loss is multiplied
-    by its signal-to-noise ratio, at least 1 and at most `most`, so that detail is learned too.
+    and z_t: for `shapes` four draws cost 1.5 times one. A row's loss is multiplied by
+    ᾱ/(1 − ᾱ), from 1 to `most`, so that detail is learned too.
     """
     alphas_cumprod, cache, total = cosine_schedule(), [], 0
     weights = (alphas_cumprod / (1 - alphas_cumprod)).clamp(1, most)
@@ -273,7 +272,7 @@ def guided(f, x, text, null, guidance_scale):
 def sample(model, text, null, generators, guidance_scale=None, steps=None, candidates=2, bar=False):
     """z_i (B, d) for B captions, unit-norm (but Karlo's) (§2.2, table 3).
 
-    Draws `candidates` per caption and keeps the one with the largest dot product with z_t.
+    Draws `candidates` per caption and keeps the one of largest dot product with z_t.
     generators: one torch.Generator a caption. guidance_scale, steps: None for the config's. Each
     step draws x_s from q(x_s|x_t, x̂_0), which divides by no √ᾱ_t: so the first t can be 999. Its
     variance is the best that all coordinates can share (Analytic-DPM, for an x_0-predictor):
@@ -367,7 +366,7 @@ def fit_codes(z_i, buckets=1024, lose=0.01):
     Raises ValueError as pca does, and for too few buckets.
     """
     mean, components, variances = pca(z_i.split(8192))
-    some = z_i[::math.ceil(len(z_i) / 131072)].cpu().double()  # at most 131,072 rows
+    some = z_i[::math.ceil(len(z_i) / 131072)].cpu().double()  # at most 131,072
     values = ((some - mean) @ components.T).T.contiguous()  # (d, n)
     edges, centres = quantile_buckets(values, buckets)
     error = (values - centres.gather(1, torch.searchsorted(edges, values))).square().mean(1)
@@ -475,8 +474,10 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, percentile=50.
     """Codes (B, K) for B captions, one after the other (§2.2).
 
     generators: one torch.Generator a caption. The bucket of z_i·z_t is drawn from the training
-    distribution above `percentile` (0 to 100; 50: its top half). Guidance acts on the logits.
+    distribution above `percentile` (50: the top half). Guidance acts on logits. Raises ValueError.
     """
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile {percentile} must be between 0 and 100")
     K, buckets, codes, cache = model.config.components, model.config.buckets, [], []
     uniform = torch.stack([torch.rand(K + 1, generator=g) for g in generators])
     uniform = uniform.to(text["z_t"].device)
@@ -486,8 +487,7 @@ def draw_codes(model, text, null, generators, guidance_scale=1.0, percentile=50.
         logits = guided(lambda token, text: model(token, text, cache)[:, -1], token, text, null,
                         guidance_scale)
         cdf = logits.softmax(1).cumsum(1)
-        drawn = uniform[:, k + 1:k + 2] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, drawn)
+        token = torch.searchsorted(cdf, uniform[:, k + 1:k + 2] * cdf[:, -1:])
         codes.append(token)
     return torch.cat(codes, 1)
 

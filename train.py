@@ -355,7 +355,7 @@ def held_out_loss(run, batches):
 
 
 def save(run, path):
-    """Write a checkpoint; a finished prior's with its errors, for the analytic variance."""
+    """Write a checkpoint, a finished prior's with `errors` for the analytic variance."""
     context = run.context
     if run.stage == "prior" and run.step == context.recipe.steps:
         generator = torch.Generator().manual_seed(context.seed)
@@ -420,7 +420,7 @@ def prepare_frozen_clip(context, args):
 
 
 def prepare_prior(context, args, presets=prior.PRESETS):
-    """The frozen CLIP, z_i of the scenes."""
+    """The frozen CLIP, and z_i of the scenes."""
     prepare_frozen_clip(context, args)
     frozen, c = context.frozen, context.frozen.clip.config
     context.config = replace(presets[args.preset], embed_dim=c.embed_dim,

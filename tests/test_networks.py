@@ -63,7 +63,7 @@ def test_a_network_without_weights_has_the_same_tensors_draws_nothing_and_keeps_
 
 
 @pytest.mark.parametrize("build", [
-    lambda n: torch.zeros(n, n), lambda n: torch.randn((n, n)), lambda n: torch.nn.Linear(n, n), lambda n: torch.nn.Embedding(n, n),
+    lambda n: torch.zeros(n, n), lambda n: torch.randn((n, n)), lambda n: torch.nn.Linear(n, n), lambda n: torch.nn.Embedding(n, n), torch.eye,
     lambda n: torch.arange(n)[:, None] * torch.arange(n), lambda n: torch.cat([torch.zeros(n)] * n), lambda n: torch.arange(n * n),
     lambda n: prior.DiffusionPrior(prior.PriorConfig(embed_dim=n, width=1, heads=1))])
 def test_what_is_larger_than_its_limit_is_stopped_before_it_takes_memory(build):

@@ -116,6 +116,12 @@ def test_too_few_buckets_are_named():
         prior.fit_codes(embeddings(100), buckets=2)
 
 
+@pytest.mark.parametrize("percentile", [-1, 101, math.nan])
+def test_a_percentile_that_cannot_be_is_named(percentile, text):
+    with pytest.raises(ValueError, match="must be between 0 and 100"):
+        prior.draw_codes(tiny_prior(), text(B=1), text(B=1), generators(1), 1, percentile)
+
+
 # ----------------------------------------------------------------------------- the autoregressive prior
 
 def test_each_code_hears_those_before_it_and_the_caption_but_nothing_later_and_no_padding(text):
@@ -300,7 +306,7 @@ def test_several_draws_of_a_caption_are_the_mean_of_single_ones_with_their_gradi
     model = prior.DiffusionPrior(prior.PriorConfig(embed_dim=8, clip_text_width=16, text_context=6, width=16, layers=2, heads=2))
     z_i, y, null = F.normalize(torch.randn(3, 8), dim=1), text(B=3, padding=2), text(B=1)
     whole = torch.autograd.grad(prior.prior_loss(model, z_i, y, null, generators(3), 0.5, draws=4), [*model.parameters()])
-    together, noises, z_0 = generators(3), [], z_i
+    together, noises, z_0 = generators(3), [], z_i * scale(8)
     drop = torch.cat([torch.rand(1, generator=g) for g in together]) < 0.5
     assert drop.any() and not drop.all()
     losses = []

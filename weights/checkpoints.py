@@ -135,7 +135,7 @@ class WithoutWeights(TorchFunctionMode):
     Memory that no value was written to takes no room. The meta device would do as well, but its
     arithmetic imports torch._dynamo, which takes longer than loading the shipped weights.
     """
-    FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "linspace"}
+    FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "eye", "arange", "linspace"}
     VALUES = {"normal_", "uniform_", "zero_", "fill_"}
 
     def __init__(self, most):
@@ -154,6 +154,7 @@ class WithoutWeights(TorchFunctionMode):
         needed = 0
         if name in self.FACTORIES:
             needed = math.prod(max(1, int(abs(n))) for n in sizes)
+            needed **= 2 if name == "eye" and len(sizes) == 1 else 1
         elif name in ("cat", "stack"):
             needed = sum(t.numel() for t in tensors)
         elif len(tensors) > 1:  # a sum or product: as large as both stretched to one shape
@@ -180,9 +181,8 @@ def load_model(build, config_class, checkpoint, path, layout=dict):
     except Exception as error:  # a foreign config can be wrong in any way
         raise UserError(f"{path}: no network can be built from its config ({error})") from None
     if hasattr(model, "components") and checkpoint["stage"] == "prior" and "deviation" not in have:
-        d = config.embed_dim  # an older prior: it learned z_i times one number (embeddings.scale)
-        one_number = torch.full((d,), (1024 / max(1, d)) ** 0.5 / 17.2)
-        have |= {"mean": torch.zeros(d), "deviation": one_number, "components": torch.eye(d)}
+        names = ("mean", "components", "deviation")  # an older prior: z_i times the paper's number
+        have |= {name: getattr(model, name).clone() for name in names}
     check_tensors(layout(model.state_dict()), have, checkpoint["stage"], path)
     model.requires_grad_(False)
     for name, parameter in layout(model.state_dict()).items():
