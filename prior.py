@@ -207,24 +207,21 @@ def randn(generators, shape, device):
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 
-def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1, most=1):
+def prior_loss(model, z_i, text, null, generators, drop_caption=0.1, draws=1):
     """E‖f(z_i^(t), t, y) − z_i‖² per coordinate, the caption dropped 10% of the time (§2.2, eq. 2).
 
     z_i (B, d); text of B captions, null of the empty one; generators: one torch.Generator a row.
     Not in the paper: the mean over `draws` pairs (t, noise) a row. They share the cache of caption
-    and z_t: for `shapes` four draws cost 1.5 times one. A row's loss is multiplied by
-    ᾱ/(1 − ᾱ), from 1 to `most`, so that detail is learned too.
+    and z_t: for `shapes` four draws cost 1.5 times one.
     """
     alphas_cumprod, cache, total = cosine_schedule(), [], 0
-    weights = (alphas_cumprod / (1 - alphas_cumprod)).clamp(1, most)
     drop = torch.cat([torch.rand(1, generator=g) for g in generators]) < drop_caption
     text = drop_text(text, null, drop.to(z_i.device))
     z_0 = model.standardize(z_i)
     for _ in range(draws):
         t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(z_i.device)
         z_i_t = q_sample(z_0, t, randn(generators, z_i.shape, z_i.device), alphas_cumprod)
-        error = (model(z_i_t, t, text, cache) - z_0).square().mean(1)
-        total = total + (at(weights, t, error) * error).mean()
+        total = total + F.mse_loss(model(z_i_t, t, text, cache), z_0)
     return total / draws
 
 

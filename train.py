@@ -83,7 +83,7 @@ DROPS = {"drop_z_i": 0.3, "drop_caption": 0.3, "time_power": 0.5}
 RECIPES = {  # batch size, steps, learning rate, weight decay, β2, ε, EMA, warm-up; the rest by name
     "shapes": {
         "clip": Recipe(64, 16000, 1e-3, 0.1, 0.98, 1e-6, 0.998, near=(0.25, 0.75), scale=15.0),
-        "prior": Recipe(256, 8400, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4, "most": 10}),
+        "prior": Recipe(256, 12600, 1e-3, 0.06, 0.96, 1e-6, 0.9995, loss={"draws": 4}),
         "ar-prior": Recipe(128, 8000, 1e-3, 0.04, 0.91, 1e-10, 0.999),
         "decoder": Recipe(256, 17400, 1e-3, ema_decay=0.9995, at_once=64, loss=DROPS),
         "upsample-256": Recipe(64, 6000, 2e-3, ema_decay=0.999, loss={"time_power": 2}),
