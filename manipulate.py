@@ -10,8 +10,8 @@ Variations draw fresh noise on the way from x_T (§3.1). Interpolations turn one
 (§3.2). Text diffs push z_i along the difference of two captions (§3.3). Reconstructions keep z_i's
 first principal components (§4). Nothing is trained here; the sampler is the decoder's DDIM.
 
-Not in the paper: decoding is unguided, unclamped, and repeats the inversion's caption and steps, so
-that it undoes the inversion; the principal components are the autoregressive prior's.
+Not in the paper: decoding with η = 0 is unguided, unclamped, and repeats the inversion's caption
+and steps, so that it undoes it; the principal components are the autoregressive prior's.
 
     python manipulate.py variations picture.png --n 8 --eta 0 0.5 1
     python manipulate.py interpolate a.png b.png --frames 9 --gif

@@ -495,13 +495,14 @@ def ar_sample(model, text, null, generators, guidance_scale=1.0, **options):
 
 
 def print_cosines(title, z_i, z_t):
-    """Print the cosine of each of z_i (n, d) with z_t (d,) and with the others, and their means."""
-    cosine, with_z_t, n = (z_i @ z_i.T).cpu(), (z_i @ z_t).cpu(), len(z_i)
+    """Print and average cosines of z_i (n, d) with z_t (d,) and with one another."""
+    z, n = F.normalize(torch.cat([z_t[None], z_i])).cpu(), len(z_i)
+    fit, cosine = z[1:] @ z[0], z[1:] @ z[1:].T
     print(f"{title}\n       z_t   " + "".join(f"  z_i {k}" for k in range(n)))
     for k in range(n):
-        print(f"z_i {k} {with_z_t[k]:6.3f}  " + "".join(f"{c:7.3f}" for c in cosine[k]))
+        print(f"z_i {k} {fit[k]:6.3f}  " + "".join(f"{c:7.3f}" for c in cosine[k]))
     others = cosine[~torch.eye(n, dtype=torch.bool)].mean()
-    print(f"mean cosine with z_t {with_z_t.mean():.3f}, with one another {others:.3f}", flush=True)
+    print(f"mean cosine with z_t {fit.mean():.3f}, with one another {others:.3f}", flush=True)
 
 
 def main():

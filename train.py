@@ -299,7 +299,7 @@ def begin(stage, args, device, path):
     if not path.exists():
         return build(stage, prepare(stage, args, device), args.init)
     if not args.resume:
-        raise UserError(f"{path} exists: go on from it with --resume, or train elsewhere by --out")
+        raise UserError(f"{path} exists: go on with --resume, or train elsewhere by --out")
     run = build(stage, prepare(stage, args, device))
     settings = {"seed": args.seed, "batch size": run.context.recipe.batch_size}
     resume(run, run.context.extra | settings, path, args.steps)
@@ -325,11 +325,9 @@ def build(stage, context, init=None):
     kept = "positional", "visual.proj", "text_projection"  # else CLIP loses places and directions
     for name, p in model.named_parameters():
         (decayed if p.ndim > 1 and not any(k in name for k in kept) else others).append(p)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    betas = 0.9, recipe.beta2
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.eps,
-                                  fused=context.device.type != "mps")
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, recipe.learning_rate, (0.9, recipe.beta2), recipe.eps,
+                                  recipe.weight_decay, fused=context.device.type != "mps")
     loss = Loss(model, STAGES[stage].loss, context)
     if ranks()[1] > 1:
         loss = DistributedDataParallel(loss)
@@ -357,9 +355,11 @@ def held_out_loss(run, batches):
 def save(run, path):
     """Write a checkpoint, a finished prior's with `errors` for the analytic variance."""
     context = run.context
-    if run.stage == "prior" and run.step == context.recipe.steps:
-        generator = torch.Generator().manual_seed(context.seed)
-        run.ema.errors.copy_(prior.estimate_errors(run.ema, captioned(context, 4), generator))
+    if run.stage == "prior":
+        run.ema.errors.zero_()  # stale after --init
+        if run.step == context.recipe.steps:
+            generator = torch.Generator().manual_seed(context.seed)
+            run.ema.errors.copy_(prior.estimate_errors(run.ema, captioned(context, 4), generator))
     state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
              "step": run.step, "rows": run.rows, "recent": run.recent, "extra": context.extra,
              "recipe": asdict(context.recipe), "seed": context.seed}
@@ -407,7 +407,7 @@ def prepare_clip(context, args):
 def prepare_frozen_clip(context, args):
     """The CLIP of --clip or --out, and its embeddings of a folder's pictures."""
     path = Path(args.clip or args.out / "clip.pt")
-    if args.dry_run and not path.exists():  # an untrained one is as fast
+    if args.dry_run and not (args.clip or path.exists()):  # an untrained one is as fast
         prepare_clip(context, args)
         clip, tokenizer = clip_embed.CLIP(context.config).eval(), context.tokenizer
     else:
@@ -436,9 +436,10 @@ def prepare_prior(context, args, presets=prior.PRESETS):
 def prepare_ar_prior(context, args):
     """As the diffusion prior, and the codes' components and buckets."""
     prepare_prior(context, args, prior.AR_PRESETS)
-    if args.init:  # keeps its codes, to which its weights belong
-        saved = read_checkpoint(args.init, "ar-prior", mmap=True)["config"]
-        context.config = replace(context.config, components=saved.get("components", 0))
+    if args.init:  # its weights belong to its codes
+        saved = read_checkpoint(args.init, "ar-prior")
+        saved = load_model(prior.ARPrior, prior.ARConfig, saved, args.init).config
+        context.config = replace(context.config, components=saved.components)
     if args.dry_run or args.init:
         return
     z_i, buckets = context.frozen.z_i, context.config.buckets
@@ -545,7 +546,7 @@ def dry_run(stage, args, device):
     steps, size = context.recipe.steps, context.recipe.batch_size
     with torch.device("meta"):
         parameters = sum(p.numel() for p in STAGES[stage].network(context.config).parameters())
-    speed = "too much for this machine: not measured"
+    speed = "too large to measure here"
     if 20 * parameters < machine_memory(device) / 2:
         rate = max(images_a_second(stage, context) for _ in range(3))
         hours = steps * size / rate / 3600
@@ -571,7 +572,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Train unCLIP on the built-in world of shapes, or on --data. Priors and "
         "decoder need the CLIP of --out, or --clip.",
-        epilog="--resume continues a run. Several GPUs: torchrun --nproc-per-node N train.py …")
+        epilog="Several GPUs: torchrun --nproc-per-node N train.py …")
     add = parser.add_argument
     add("stage", choices=["all", *STAGES, "export"], help="one stage; all in order; or export: "
         "copy a finished run in half precision from --out runs/NAME to weights/NAME")
@@ -587,7 +588,7 @@ def parse_arguments():
     add("--given", default="z_i", choices=["z_i", "z_t", "caption"], help="decoder's condition "
         "beside the caption (default z_i; z_t: §5.1; caption: none, GLIDE)")
     add("--seed", type=int, default=0)
-    add("--init", type=Path, metavar="CHECKPOINT", help="start one stage from these weights")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from these weights")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
     add("--dry-run", action="store_true", help="print parameters, memory, speed and hours")
     add("--precision", default="auto", choices=PRECISIONS, help="auto: bfloat16 where it is faster")

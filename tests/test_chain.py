@@ -483,7 +483,16 @@ def test_the_priors_checkpoints_hold_what_sampling_needs(tiny, monkeypatch):
     assert lost < 0.02 and (model.dot_edges.diff() >= 0).all() and model.dot_edges.abs().max() <= 1
     begun = {"init": tiny.out / "ar-prior.pt", "clip": tiny.out / "clip.pt", "out": tiny.out / "other", "seed": 7}
     train.train("ar-prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))  # other scenes, the codes of its weights
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"components": "many"}}, tiny.out / "strange.pt")
+    with pytest.raises(UserError, match="strange.pt: .*config"):
+        train.train("ar-prior", argparse.Namespace(**vars(tiny) | begun | {"init": tiny.out / "strange.pt", "out": tiny.out / "third"}),
+                    torch.device("cpu"))
     begun["init"] = tiny.out / "prior.pt"
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        stopped_after(patch, 1)
+        train.train("prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))
+    begun["resume"] = True
+    assert not torch.load(tiny.out / "other/prior.pt", weights_only=True)["model"]["errors"].any()  # not those of --init
     train.train("prior", argparse.Namespace(**vars(tiny) | begun), torch.device("cpu"))
     tuned = torch.load(tiny.out / "other/prior.pt", weights_only=True)["model"]
     assert all(torch.equal(tuned[name], given[name]) for name in standardized)

@@ -209,6 +209,8 @@ MISTAKES = [
     Mistake("a CLIP to train, frozen", ["train.py", "clip", "--clip", "clip.pt"], nothing, ["--clip is for the other stages", "--init"]),
     Mistake("weights of another size to begin with", ["train.py", "upsample-256", "--init", "wide.pt"], wide,
             ["wide.pt: has other sizes than the upsample-256 of this preset"]),
+    Mistake("a dry run with a CLIP that is not there", ["train.py", "prior", "--dry-run", "--clip", "vit.pt"], nothing,
+            ["vit.pt: no such file"]),
     Mistake("a second training of a run", ["train.py", "clip"], trained("clip"),
             ["runs/shapes/clip.pt exists", "--resume", "--out"]),
     Mistake("a run resumed with another seed", ["train.py", "clip", "--resume", "--seed", "1"], trained("clip"),
@@ -319,5 +321,5 @@ def test_ctrl_c_while_a_picture_is_drawn_ends_in_one_line(work, monkeypatch, cap
     assert (status, out, lines, contents()) == (130, "", ["stopped"], before)
 
 
-def test_the_table_has_41_rows_each_with_a_name_of_its_own():
-    assert len(MISTAKES) == 41 == len({mistake.name for mistake in MISTAKES})
+def test_the_table_has_42_rows_each_with_a_name_of_its_own():
+    assert len(MISTAKES) == 42 == len({mistake.name for mistake in MISTAKES})
