@@ -36,7 +36,7 @@ def test_shipped_weights_fit_together_and_in_40_megabytes():
     assert (config.steps, config.candidates, config.guidance, stack["prior"].config.steps) == (14, 8, 1.0, 64)
 
 
-@pytest.mark.parametrize("stage", ["ar-prior", "upsample-256", "upsample-1024"])  # docs/weights.md tells of the others
+@pytest.mark.parametrize("stage", ["prior", "ar-prior", "upsample-256", "upsample-1024"])  # docs/weights.md tells of the others
 def test_a_recipe_is_what_made_the_shipped_weights(stage):
     recipe = train.RECIPES["shapes"][stage]
     trained = read_checkpoint(sample.SHIPPED / f"{stage}.pt", stage)["trained"]
