@@ -52,8 +52,8 @@ from data.processes import (asked_to_stop, attention_kernel, first_before_others
                             one_at_a_time, only_first_prints, ranks)
 from data.shapes import ShapeBatches
 from sample import generators, grid, seeded
-from weights.checkpoints import (export, fingerprint, load_model, read_checkpoint, resume,
-                                 same_sizes, save_atomically)
+from weights.checkpoints import (config_of, export, fingerprint, load_model, read_checkpoint,
+                                 resume, same_sizes, save_atomically)
 from weights.stack import PRECISIONS, keep_freed_memory, pick_dtype
 
 VALIDATION = 8   # held-out batches
@@ -309,12 +309,13 @@ def begin(stage, args, device, path):
 def build(stage, context, init=None):
     """A stage's Run at its start, or from the weights `init`. Raises UserError."""
     recipe, config, network = context.recipe, context.config, STAGES[stage].network
-    torch.manual_seed(context.seed)
-    model = network(config).to(context.device, memory_format=torch.channels_last)
     if init:
         other = load_model(network, type(config), read_checkpoint(init, stage), init)
         if not same_sizes(asdict(other.config), asdict(config)):
             raise UserError(f"{init}: has other sizes than the {stage} of this preset")
+    torch.manual_seed(context.seed)
+    model = network(config).to(context.device, memory_format=torch.channels_last)
+    if init:
         model.load_state_dict(other.state_dict())
     model.load_state_dict(context.codes, strict=False)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -436,9 +437,9 @@ def prepare_prior(context, args, presets=prior.PRESETS):
 def prepare_ar_prior(context, args):
     """As the diffusion prior, and the codes' components and buckets."""
     prepare_prior(context, args, prior.AR_PRESETS)
-    if args.init:  # its weights belong to its codes
-        saved = read_checkpoint(args.init, "ar-prior")
-        saved = load_model(prior.ARPrior, prior.ARConfig, saved, args.init).config
+    if args.init:  # its weights fit its codes
+        saved = read_checkpoint(args.init, "ar-prior", mmap=True)
+        saved = config_of(prior.ARConfig, saved, args.init)
         context.config = replace(context.config, components=saved.components)
     if args.dry_run or args.init:
         return
