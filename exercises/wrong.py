@@ -117,10 +117,9 @@ WRONG = {
     14: [("prior_loss", "predicts the noise", "predicts z_i, not the noise", [
             ("        z_i_t = q_sample(z_0, t, randn(generators, z_i.shape, z_i.device), alphas_cumprod)",
              "        noise = randn(generators, z_i.shape, z_i.device)\n        z_i_t = q_sample(z_0, t, noise, alphas_cumprod)"),
-            ("text, cache) - z_0)", "text, cache) - noise)")]),
+            ("text, cache), z_0)", "text, cache), noise)")]),
          ("prior_loss", "forgets to standardize", "are standardized", [("z_0 = model.standardize(z_i)", "z_0 = z_i")]),
-         ("prior_loss", "compares with z_i as they come", "z_i as they come", [("text, cache) - z_0)", "text, cache) - z_i)")]),
-         ("prior_loss", "forgets a row's factor", "yours has no factor", [("at(weights, t, error) * error", "error")]),
+         ("prior_loss", "compares with z_i as they come", "z_i as they come", [("text, cache), z_0)", "text, cache), z_i)")]),
          ("prior_loss", "sums over the draws", "mean over the draws", [("return total / draws", "return total")]),
          ("prior_loss", "draws one timestep for all draws", "a timestep and noise of its own", [
              ("    for _ in range(draws):\n        t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators]).to(z_i.device)",

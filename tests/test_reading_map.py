@@ -143,8 +143,8 @@ def test_the_optimizer_is_the_recipes_with_beta_1_of_0_9(monkeypatch, tmp_path):
     class Reached(Exception):
         pass
 
-    def adamw(groups, **options):
-        seen.update(options, groups=groups)
+    def adamw(groups, lr, betas, eps, weight_decay, **options):  # of groups that name no decay of their own
+        seen.update(lr=lr, betas=betas, eps=eps, groups=[{"weight_decay": weight_decay} | group for group in groups])
         raise Reached
 
     monkeypatch.setitem(train.RECIPES["shapes"], "upsample-256", recipe)
