@@ -489,7 +489,7 @@ def invert(model, x_0, z_i, text, generators, steps=50, bar=False):
 
     generators: one torch.Generator a picture. Not in the paper: inversion starts with noise of
     0.04 (five shades). In a clean picture the network predicts almost no noise, and x_T gets
-    under a tenth of noise's variance. A step s → t needs ε at the yet unknown x_t (DDIM eq. 13):
+    some 6% of noise's variance. A step s → t needs ε at the yet unknown x_t (DDIM eq. 13):
     the last ε gives a guess of x_t, then ε at the guess gives x_t.
     """
     alphas_cumprod, rungs = cosine_schedule(), inversion_ladder(steps)
