@@ -10,7 +10,7 @@ The diffusion prior is a diffusion model P(z_i|y). Its network is a causal trans
 whose last output predicts z_i itself, not the noise: prior_loss is E‖f(z_i^(t), t, y) − z_i‖².
 Sampling takes 64 of the 1000 steps, ancestral with the analytic variance, for two candidates, and
 keeps the one closer to z_t. Unit vectors would drown in the noise, so the diffusion works on larger
-ones. Not in the paper: each principal component is divided by its size (standardize).
+ones. Not in the paper: each principal component is divided by about its size (standardize).
 
 The autoregressive prior writes z_i as a sequence: the principal components that keep 99% of its
 variance, the largest first, each quantized into 1024 buckets. A causal transformer predicts one
