@@ -5,9 +5,10 @@ Not in the paper, which shows new compositions and counts none.
 In:   a folder of checkpoints
 Out:  on stdout, a table for the pairs never trained and for the twelve other pairs of the same
       colours and shapes: how often all is right (one thing, with both attributes), the colour, the shape, for
-        CLIP        the nearest of the captions of all 42 pairs to a true picture's z_i
-        decoder     pictures decoded from a true picture's z_i alone, read from their pixels
-        … chain     pictures from the caption
+        CLIP                      the nearest of the captions of all 42 pairs to a true picture's z_i
+        decoder, z_i alone        pictures decoded from a true picture's z_i, read from their pixels
+        decoder, z_i and caption  the same, but the decoder hears the caption too, as in a chain
+        … chain                   pictures from the caption
       Then the conclusions. They are about these four pairs; another four might differ. --picture:
       pictures of each kind, with true ones above
 
@@ -18,6 +19,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,7 +62,8 @@ def measure(stack, args):
             scenes = true_scenes(captions, 1000 + seed)
             add(f"CLIP, {kind}", named(stack, scenes, captions))
             first = {f"true, {kind}": to_images(scenes)}
-            decodings = {"decoder": (embed(stack, scenes), [""] * args.n)} | {
+            z_i = embed(stack, scenes)
+            decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions)} | {
                 f"{name} chain": (draw(stack, captions, seed, prior), captions) for name, prior in
                 (("diffusion", "diffusion"), ("AR", "ar"))}
             for link, (z_i, heard) in decodings.items():
@@ -75,10 +78,14 @@ def measure(stack, args):
 
 
 def conclusions(rows):
-    """The cost of pairs never trained, link by link."""
+    """The cost of pairs never trained, link by link; then what each prior adds to the decoder's cost."""
+    cost = lambda link, c: np.subtract(rows[f"{link}, trained"][c], rows[f"{link}, never trained"][c])
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
-    return [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
-                     rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("all right", "colour", "shape")]
+    sentences = [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
+                          rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("all right", "colour", "shape")]
+    return sentences + [conclude(f"Cost of pairs never trained, {chain} against the decoder with true z_i and caption, all right",
+                                 cost(chain, "all right"), cost("decoder, z_i and caption", "all right"), "higher", "lower")
+                        for chain in ("diffusion chain", "AR chain")]
 
 
 def main():
