@@ -248,8 +248,9 @@ def diversity(captions, least=2000):
     """The diversity statistic of pairs of observations, two per caption, as a share of the world's.
 
     1 if the pictures vary as much as true scenes of their captions, 0 if all are alike. The world's
-    share comes from `least` pairs or more, and the jackknife takes it as exact. variety's comparisons are averaged first for each attribute and number of things, then over these. So all
-    weigh the same, whatever the number of readable pictures.
+    variety comes from at least `least` pairs of scenes, and the jackknife takes it as exact.
+    variety's comparisons are averaged first for each attribute and number of things, then over
+    these. So all weigh the same, whatever the number of readable pictures.
     """
     captions = captions * -(-least // len(captions))
     scenes = zip(*(true_scenes(captions, seed) for seed in range(2)))

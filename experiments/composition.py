@@ -62,8 +62,8 @@ def measure(stack, args):
             scenes = true_scenes(captions, 1000 + seed)
             add(f"CLIP, {kind}", named(stack, scenes, captions))
             first = {f"true, {kind}": to_images(scenes)}
-            z_i = embed(stack, scenes)
-            decodings = {"decoder, z_i alone": (z_i, [""] * args.n), "decoder, z_i and caption": (z_i, captions)} | {
+            true = embed(stack, scenes)
+            decodings = {"decoder, z_i alone": (true, [""] * args.n), "decoder, z_i and caption": (true, captions)} | {
                 f"{name} chain": (draw(stack, captions, seed, prior), captions) for name, prior in
                 (("diffusion", "diffusion"), ("AR", "ar"))}
             for link, (z_i, heard) in decodings.items():
@@ -79,12 +79,12 @@ def measure(stack, args):
 
 def conclusions(rows):
     """The cost of pairs never trained, link by link; then what each prior adds to the decoder's cost."""
-    cost = lambda link, c: np.subtract(rows[f"{link}, trained"][c], rows[f"{link}, never trained"][c])
+    cost = lambda link: np.subtract(rows[f"{link}, trained"]["all right"], rows[f"{link}, never trained"]["all right"])
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
     sentences = [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
                           rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("all right", "colour", "shape")]
     return sentences + [conclude(f"Cost of pairs never trained, {chain} against the decoder with true z_i and caption, all right",
-                                 cost(chain, "all right"), cost("decoder, z_i and caption", "all right"), "higher", "lower")
+                                 cost(chain), cost("decoder, z_i and caption"), "higher", "lower")
                         for chain in ("diffusion chain", "AR chain")]
 
 
