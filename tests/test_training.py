@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import clip_embed
 import decoder
@@ -114,11 +116,11 @@ def in_processes(world, folder, jobs):
             torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
         torch.save([first_gradients(rank=rank, world=world, **job) for job in jobs], folder / f"{world}-{rank}.pt")
 
-    processes = [fork.Process(target=work, args=(rank,)) for rank in range(world)]
+    processes = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(240)
         assert process.exitcode == 0
     return torch.load(folder / f"{world}-{world - 1}.pt", weights_only=True)
 
@@ -248,6 +250,12 @@ def also(args, **changes):
     return argparse.Namespace(**vars(args) | changes)
 
 
+def train_to_be_killed(args):
+    """In a fork. All forks share tqdm's lock: who is killed while he holds it would leave the others waiting for ever."""
+    tqdm.set_lock(threading.RLock())
+    train.train("upsample-256", args, CPU)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, quick, monkeypatch):
     stopped = also(quick, out=quick.out.parent / "stopped", save_every=100, workers=1)
@@ -284,7 +292,7 @@ def test_a_second_training_of_a_checkpoint_is_refused_until_the_first_ends_or_di
 
     with monkeypatch.context() as patch:
         patch.setattr(upsample, "upsampler_loss", slow)
-        child = fork.Process(target=train.train, args=("upsample-256", also(quick, workers=1), CPU))
+        child = fork.Process(target=train_to_be_killed, args=[also(quick, workers=1)])
         child.start()
     assert begun.wait(60)
     with pytest.raises(UserError, match="upsample-256.pt: another process trains it now; wait for its end, or train elsewhere by --out"):
@@ -374,18 +382,19 @@ def test_killed_fifty_times_also_while_saving_it_ends_as_if_it_never_was(quick):
     a_step = (time.time() - began) / steps
     stamp = lambda file: file.stat().st_mtime_ns if file.exists() else 0
     for kill in range(50):
-        child = fork.Process(target=train.train, args=("upsample-256", also(killed, steps=steps, save_every=1), CPU))
-        before = stamp(path)
+        child = fork.Process(target=train_to_be_killed, args=[also(killed, steps=steps, save_every=1)], daemon=True)
+        before, deadline = stamp(path), time.monotonic() + 120
         child.start()
-        while child.is_alive() and stamp(path) == before:  # one step on: never is nothing done
+        while child.is_alive() and stamp(path) == before and time.monotonic() < deadline:  # one step on: never is nothing done
             time.sleep(0.0005)
         if kill % 2:
-            while child.is_alive() and not path.with_suffix(".part").exists():
+            while child.is_alive() and not path.with_suffix(".part").exists() and time.monotonic() < deadline:
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.002))
         else:
             time.sleep(rng.uniform(0, 2 * a_step))
         assert child.is_alive(), f"done before kill {kill}"
+        assert time.monotonic() < deadline, f"nothing done in two minutes before kill {kill}"
         child.kill()
         child.join()
         halves += path.with_suffix(".part").exists()
