@@ -81,7 +81,7 @@ def conclusions(rows):
     """The cost of pairs never trained, link by link; then what each prior adds to the decoder's cost."""
     cost = lambda link: np.subtract(rows[f"{link}, trained"]["all right"], rows[f"{link}, never trained"]["all right"])
     links = dict.fromkeys(name.rpartition(", ")[0] for name in rows)
-    sentences = [conclude(f"{link}, {c} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
+    sentences = [conclude(f"{link}, {c.split()[0]} right, pairs never trained against trained ones", rows[f"{link}, never trained"][c],
                           rows[f"{link}, trained"][c], "higher", "lower") for link in links for c in ("all right", "colour", "shape")]
     return sentences + [conclude(f"Cost of pairs never trained, {chain} against the decoder with true z_i and caption, all right",
                                  cost(chain), cost("decoder, z_i and caption"), "higher", "lower")
