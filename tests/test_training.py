@@ -251,7 +251,7 @@ def also(args, **changes):
 
 
 def train_to_be_killed(args):
-    """In a fork. All forks share tqdm's lock: who is killed while he holds it would leave the others waiting for ever."""
+    """In a fork. Forks share tqdm's lock; a process killed while it holds the lock would leave the others waiting for ever."""
     tqdm.set_lock(threading.RLock())
     train.train("upsample-256", args, CPU)
 
