@@ -384,11 +384,12 @@ def test_killed_fifty_times_also_while_saving_it_ends_as_if_it_never_was(quick):
     for kill in range(50):
         child = fork.Process(target=train_to_be_killed, args=[also(killed, steps=steps, save_every=1)], daemon=True)
         before, deadline = stamp(path), time.monotonic() + 120
+        going = lambda: child.is_alive() and time.monotonic() < deadline
         child.start()
-        while child.is_alive() and stamp(path) == before and time.monotonic() < deadline:  # one step on: never is nothing done
+        while going() and stamp(path) == before:  # one step on: never is nothing done
             time.sleep(0.0005)
         if kill % 2:
-            while child.is_alive() and not path.with_suffix(".part").exists() and time.monotonic() < deadline:
+            while going() and not path.with_suffix(".part").exists():
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.002))
         else:
